@@ -16,11 +16,12 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 FOLDER = Path(__file__).parent / "datasets"
 TEST_FOLDS = (0, 1, 2)  # 3 of 16: about 19 % of the rows
@@ -117,11 +118,11 @@ def load(name: str) -> pd.DataFrame:
     One row an example: penguins 344, of which 333 are complete; diamonds 53,917; flights 327,346. Raises ValueError
     for an unknown name and for a file that was changed, FileNotFoundError for one that is gone.
     """
-    content = io.BytesIO(_verified_bytes(name))
+    content = _verified_bytes(name)
     if source(name)["file"].endswith(".csv"):
-        frame = pd.read_csv(content)
+        frame = pd.read_csv(io.BytesIO(content))
         return frame.astype(dict.fromkeys(describe(name).categorical, "category"))
-    return pd.read_parquet(content)
+    return pq.read_table(pa.BufferReader(content)).to_pandas()  # twice as fast as pd.read_parquet
 
 
 def md5_fold(keys: Iterable[str]) -> np.ndarray:
@@ -140,7 +141,9 @@ def complete(name: str, frame: pd.DataFrame) -> pd.DataFrame:
     dataset = describe(name)
     columns = [*dataset.numeric, *dataset.categorical, dataset.target]
     _require(frame, columns)
-    keep = np.logical_and.reduce([frame[column].notna().to_numpy() for column in columns])
+    keep = np.ones(len(frame), bool)
+    for column in columns:
+        keep &= frame[column].notna().to_numpy()
     if name == "penguins":
         keep &= frame["sex"].isin(["MALE", "FEMALE"]).to_numpy()
     if keep.all():
@@ -159,10 +162,13 @@ def split(name: str, frame: pd.DataFrame | None = None, validation: bool = False
     """
     frame = complete(name, load(name) if frame is None else frame)
     fold = frame["fold"] if "fold" in frame else md5_fold(describe(name).key(frame))
-    test = np.isin(fold, TEST_FOLDS)
-    held = np.isin(fold, VALIDATION_FOLDS) if validation else np.zeros_like(test)
+    test, held = _is_in(fold, TEST_FOLDS), _is_in(fold, VALIDATION_FOLDS)
     parts = (~test & ~held, held, test) if validation else (~test, test)
     return tuple(frame[part] for part in parts)
+
+
+def _is_in(fold: Iterable[int], folds: tuple[int, ...]) -> np.ndarray:
+    return np.isin(np.arange(16), folds)[np.asarray(fold)]  # looked up: ten times as fast as np.isin on each row
 
 
 def _require(frame: pd.DataFrame, columns: Iterable[str]) -> None:
@@ -198,7 +204,7 @@ class Features:
         self.target_scale = _mean_and_deviation(train[self.dataset.target])
         # The categories of the whole data set: one that only test rows have keeps its place, and leaks no target.
         self.vocabulary = {
-            column: tuple(train[column].astype("category").cat.categories) for column in self.dataset.categorical
+            column: tuple(pd.Categorical(train[column]).categories) for column in self.dataset.categorical
         }
         self.columns = list(self.scale) + [
             f"{column}={value}" for column, values in self.vocabulary.items() for value in values
@@ -206,7 +212,7 @@ class Features:
         self.width = len(self.columns)
 
     def _compact(self, rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-        """Return standardised numbers, float32, and for each category the input that is 1, int32: few bytes a row."""
+        """Return standardised numbers, float32, and for each category the input that is 1, int64: few bytes a row."""
         _require(rows, [*self.scale, *self.vocabulary])
         numbers = np.empty((len(rows), len(self.scale)), np.float32)
         for position, (column, (mean, deviation)) in enumerate(self.scale.items()):
@@ -214,17 +220,16 @@ class Features:
         if np.isnan(numbers).any():
             column = self.columns[int(np.isnan(numbers).any(axis=0).argmax())]
             raise ValueError(f"column {column!r} has rows without a number; drop them first (data.complete)")
-        hot = np.empty((len(rows), len(self.vocabulary)), np.int32)
-        start = len(self.scale)
+        inputs = {name: number for number, name in enumerate(self.columns)}
+        hot = np.empty((len(rows), len(self.vocabulary)), np.int64)
         for position, (column, values) in enumerate(self.vocabulary.items()):
-            category = rows[column].astype("category").cat
-            # From this frame's codes to the vocabulary's; a missing value has the code -1, which finds the last entry.
-            codes = np.append(pd.Index(values).get_indexer(category.categories), -1)[category.codes]
-            if (codes < 0).any():
-                unknown = rows[column].iloc[int((codes < 0).argmax())]
+            category = pd.Categorical(rows[column])
+            # From this frame's codes to the inputs; a missing value has the code -1, which finds the last entry.
+            places = [inputs.get(f"{column}={value}", -1) for value in category.categories] + [-1]
+            hot[:, position] = np.array(places)[category.codes]
+            if (hot[:, position] < 0).any():
+                unknown = rows[column].iloc[int(hot[:, position].argmin())]
                 raise ValueError(f"column {column!r} has {unknown!r}; expected one of {', '.join(map(str, values))}")
-            hot[:, position] = start + codes
-            start += len(values)
         return numbers, hot
 
     def encode(self, rows: pd.DataFrame) -> np.ndarray:
@@ -248,39 +253,44 @@ class Features:
         """
         if part not in ("train", "test"):
             raise ValueError(f"part is {part!r}; expected 'train' or 'test'")
-        import pyarrow.parquet as pq
+        if not source(self.name)["file"].endswith(".parquet"):
+            raise ValueError(f"{self.name!r} is too small for a pipeline that reads in blocks; use arrays")
         import tensorflow as tf
 
-        file = pq.ParquetFile(io.BytesIO(_verified_bytes(self.name)))
+        content = pa.py_buffer(_verified_bytes(self.name))
+        metadata = pq.read_metadata(pa.BufferReader(content))
         columns = [*self.scale, *self.vocabulary, self.dataset.target, "fold"]
-        epochs = count()
+        widths = [len(values) for values in self.vocabulary.values()]
+        starts = np.cumsum([len(self.scale), *widths])[:-1]
+        shapes = (None, len(self.scale)), (None, len(self.vocabulary)), (None,)
 
-        def blocks():
-            order = np.random.default_rng(None if seed is None else (seed, next(epochs)))
-            groups = np.arange(file.num_row_groups)
-            for group in groups if seed is None else order.permutation(groups):
-                rows = file.read_row_group(int(group), columns).to_pandas()
-                rows = rows[np.isin(rows["fold"], TEST_FOLDS) == (part == "test")]
-                shuffled = slice(None) if seed is None else order.permutation(len(rows))
-                numbers, hot = self._compact(rows)
-                yield numbers[shuffled], hot[shuffled], rows[self.dataset.target].to_numpy(np.float32)[shuffled]
+        def read(group, order):
+            file = pq.ParquetFile(pa.BufferReader(content), metadata=metadata)  # its own: two epochs may overlap
+            rows = file.read_row_group(int(group), columns).to_pandas()
+            rows = rows[_is_in(rows["fold"], TEST_FOLDS) == (part == "test")]
+            block = *self._compact(rows), rows[self.dataset.target].to_numpy(np.float32)
+            if seed is None:
+                return block
+            shuffled = np.random.default_rng(order).permutation(len(rows))
+            return tuple(values[shuffled] for values in block)
+
+        def block(group, order):
+            values = tf.numpy_function(read, [group, order], [tf.float32, tf.int64, tf.float32], stateful=False)
+            return tuple(map(tf.ensure_shape, values, shapes))
 
         def expand(numbers, hot, y):
-            ones = [
-                tf.one_hot(hot[:, i] - start, len(values))
-                for i, (start, values) in enumerate(zip(starts, self.vocabulary.values(), strict=True))
-            ]
+            ones = [tf.one_hot(hot[:, i] - start, widths[i]) for i, start in enumerate(starts)]
             return tf.concat([numbers, *ones], axis=1), y
 
-        starts = np.cumsum([len(self.scale), *map(len, self.vocabulary.values())])[:-1]
-        compact = (
-            tf.TensorSpec((None, len(self.scale)), tf.float32),
-            tf.TensorSpec((None, len(self.vocabulary)), tf.int32),
-            tf.TensorSpec((None,), tf.float32),
-        )
-        # Rows travel compact and grow to `width` inputs only in the batch that needs them.
+        groups = tf.data.Dataset.range(metadata.num_row_groups)
+        if seed is not None:
+            groups = groups.shuffle(metadata.num_row_groups, seed)
+        orders = tf.data.Dataset.random(seed, rerandomize_each_iteration=True)
+        # Rows travel compact and grow to `width` inputs only in the batch that needs them. A map over blocks, because
+        # Dataset.from_generator takes twice as long.
         return (
-            tf.data.Dataset.from_generator(blocks, output_signature=compact)
+            tf.data.Dataset.zip(groups, orders)
+            .map(block)
             .prefetch(1)
             .rebatch(batch_size)
             .map(expand, num_parallel_calls=tf.data.AUTOTUNE)
