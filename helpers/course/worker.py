@@ -58,6 +58,7 @@ def work(tell, scratch, notebook, folder, result, parameters=None, page=None):
         from helpers.course import report
 
         executed = nbformat.read(scratch, 4) if Path(scratch).exists() else stored
+        executed.metadata.pop("papermill", None)  # it holds the whole stored notebook again, as the path of its input
         clock = time.strftime("%Y-%m-%d %H:%M", time.localtime(started))
         run = {"started": clock, "seconds": seconds, "parameters": parameters or {}, "failure": failure}
         executed.metadata.setdefault("course", {})["run"] = run
