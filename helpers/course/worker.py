@@ -4,6 +4,7 @@ It reports as lines of JSON what changes: the cell it is at, how many there are,
 """
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -40,6 +41,9 @@ def work(tell, scratch, notebook, folder, result, parameters=None, page=None):
     try:
         if page:
             import papermill  # here because storing does without its second of importing
+
+            # The page's tools are imported while the lesson runs, so that its end need not wait for them.
+            threading.Thread(target=importlib.import_module, args=("helpers.course.report",), daemon=True).start()
 
             options |= {"cwd": folder, "kernel_name": "python3", "language": "python", "progress_bar": False}
             papermill.execute_notebook(stored, scratch, parameters, **options)
