@@ -6,6 +6,7 @@ worker and its kernel at once.
 """
 
 import json
+import os
 import queue
 import shutil
 import subprocess
@@ -43,12 +44,15 @@ def execute(orders, jobs=None):
     longest_first = sorted(orders, key=lambda lesson: -(lesson.seconds or float("inf")))
     runs = [Run(lesson, orders[lesson]) for lesson in longest_first]
     waiting, running, reports, screen = list(runs), [], queue.SimpleQueue(), Screen()
+    # Lessons that each compute on all cores at once get in each other's way; the numbers are the same either way.
+    at_once = max(1, min(jobs or cores(), len(runs)))
+    environment = {"TF_NUM_INTRAOP_THREADS": str(max(1, cores() // at_once))} | os.environ
     with tempfile.TemporaryDirectory() as scratch:
         try:
             while waiting or running:
-                while waiting and len(running) < (jobs or cores()):
+                while waiting and len(running) < at_once:
                     run = waiting.pop(0)
-                    start(run, Path(scratch), reports)
+                    start(run, Path(scratch), reports, environment)
                     running.append(run)
                     screen.started(run)
                 screen.draw(running)
@@ -70,7 +74,7 @@ def execute(orders, jobs=None):
     return runs
 
 
-def start(run, scratch, reports):
+def start(run, scratch, reports, environment):
     """Start the worker of a lesson and the thread that puts its reports, and None at its end, into a queue."""
     run.started = time.monotonic()
     order = run.order | {"scratch": str(scratch / run.lesson.path.name)}
@@ -79,6 +83,7 @@ def start(run, scratch, reports):
         run.process = subprocess.Popen(
             [sys.executable, "-m", "helpers.course.worker", json.dumps(order)],
             cwd=Path(__file__).parents[2],
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
