@@ -27,6 +27,7 @@ Commands:
     test       run the tests, and check every lesson
     refresh    run lessons, and store their new outputs in them
     kernel     offer the course's environment to a JupyterLab that already runs
+    cloud      look after the local cloud: status, stop, reset, logs, doctor
     bench      measure the course
 
 The first command makes the course's environment in .venv, which takes a few minutes; later ones start at once.
@@ -209,6 +210,25 @@ def register_kernel():
     return 0
 
 
+def cloud(root, words):
+    """Look after the local cloud on this machine."""
+    parser = Parser(prog="python3 -m helpers cloud", description=cloud.__doc__, allow_abbrev=False)
+    actions = ("status", "stop", "reset", "logs", "doctor")
+    parser.add_argument("action", nargs="?", choices=actions, default="status", help="what to do")
+    parser.add_argument("name", nargs="?", help="for logs: the id of a job or of a deployed model")
+    asked = parser.parse_args(words)
+
+    def call():
+        from helpers.local import caretaker
+
+        try:
+            return getattr(caretaker, asked.action)(asked.name)
+        except caretaker.client.CloudError as error:
+            raise CourseError(str(error)) from None
+
+    return call
+
+
 def bench(root, words):
     """Measure the course."""
 
@@ -220,7 +240,7 @@ def bench(root, words):
     return call
 
 
-COMMANDS = {call.__name__: call for call in (lab, course, test, refresh, kernel, bench)}
+COMMANDS = {call.__name__: call for call in (lab, course, test, refresh, kernel, cloud, bench)}
 
 
 class Parser(argparse.ArgumentParser):

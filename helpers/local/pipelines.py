@@ -1,0 +1,110 @@
+"""PipelineService: training pipelines, which run a custom job and then register the model that it saved."""
+
+import dataclasses
+
+from google.cloud.aiplatform_v1 import types
+from google.protobuf import json_format
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
+
+from helpers.local import errors, runner
+from helpers.local.background import Background, JobFailed
+from helpers.local.service import Service, location_of
+from helpers.local.store import new_id
+
+CustomJob, CustomJobSpec = types.CustomJob.pb(), types.CustomJobSpec.pb()
+CUSTOM_TASK = "/custom_task_1.0.0.yaml"
+
+
+class PipelineService(Service):
+    """Training pipelines with a custom task: what the SDK's Custom*TrainingJob classes make."""
+
+    name = "PipelineService"
+    resources = {"TrainingPipeline": "trainingPipelines"}
+    instead = {"CreatePipelineJob": "run the steps from a notebook, or use a project on Google Cloud"}
+
+    def __init__(self, cloud):
+        """Serve a cloud."""
+        super().__init__(cloud)
+        self.background = Background(self.store, types.PipelineState, "PIPELINE_STATE_")
+
+    def restore(self) -> None:
+        """Report what a killed server left running."""
+        self.background.interrupt("trainingPipelines")
+
+    def is_busy(self) -> bool:
+        """Say whether a pipeline runs."""
+        return bool(self.background.controls)
+
+    def close(self) -> None:
+        """Stop all pipelines."""
+        self.background.close()
+
+    def create_training_pipeline(self, request: Message) -> Message:
+        """Start a training pipeline."""
+        pipeline = request.training_pipeline
+        definition = pipeline.training_task_definition
+        if not definition.endswith(CUSTOM_TASK):
+            raise errors.unimplemented(f"The training task {definition.rsplit('/', 1)[-1]}")
+        spec = CustomJobSpec()
+        inputs = json_format.MessageToDict(pipeline.training_task_inputs)
+        try:
+            json_format.ParseDict(inputs, spec)
+        except json_format.ParseError as error:
+            raise errors.invalid(f"training_task_inputs is not a CustomJobSpec: {error}") from None
+        runner.check(self.cloud, request.parent.split("/")[3], spec)
+        if pipeline.HasField("model_to_upload"):
+            self.cloud.services["ModelService"].check_upload(pipeline.model_to_upload)
+        if pipeline.input_data_config.dataset_id:
+            self.store.get(f"{location_of(request.parent)}/datasets/{pipeline.input_data_config.dataset_id}")
+        # Google's service gives the inputs back in camelCase, whatever the client wrote, and the SDK reads those.
+        json_format.ParseDict(json_format.MessageToDict(spec), pipeline.training_task_inputs)
+        created = self.create("TrainingPipeline", request)
+        self.background.start(created, lambda control: self._run(created.name, spec, control))
+        return self.store.get(created.name)
+
+    def _run(self, name: str, spec: Message, control) -> None:
+        pipeline = self.store.get(name)
+        location = location_of(name)
+        job = CustomJob(name=f"{location}/customJobs/{new_id()}", display_name=f"{pipeline.display_name}-custom-job")
+        job.job_spec.CopyFrom(spec)
+        job.labels.update(pipeline.labels)
+        self.stamp(job, created=True)
+        with self.store.change(name) as changed:
+            json_format.ParseDict({"backingCustomJob": job.name}, changed.training_task_metadata)
+        run = runner.Run(self.cloud, job.name.rsplit("/", 1)[1], location.split("/")[3], spec)
+        if pipeline.input_data_config.dataset_id:
+            datasets = self.cloud.services["DatasetService"]
+            environment = datasets.environment_for(pipeline.input_data_config, location, run.base)
+            run = dataclasses.replace(run, environment=environment)
+        self.cloud.services["JobService"].background.run_inside(job, lambda: run.execute(control), control)
+        if not control.cancelled.is_set() and pipeline.model_to_upload.container_spec.image_uri:
+            self._register(name, run.base)
+
+    def _register(self, name: str, base: str) -> None:
+        """Register the model that the job saved, under the name that the pipeline asks for."""
+        pipeline = self.store.get(name)
+        model = pipeline.model_to_upload
+        model.artifact_uri = model.artifact_uri or f"{base}/model"
+        model.training_pipeline = name
+        try:
+            registered = self.cloud.services["ModelService"].register(
+                location_of(name), model, pipeline.model_id, pipeline.parent_model
+            )
+        except errors.Refused as refusal:
+            raise JobFailed(refusal.message, refusal.code.value[0]) from None
+        with self.store.change(name) as changed:
+            changed.model_to_upload.CopyFrom(registered)
+
+    def get(self, kind: str, request: Message) -> Message:
+        """Return a pipeline, waiting a little for a client that polls."""
+        return self.background.read(request.name)
+
+    def delete(self, kind: str, request: Message) -> Empty:
+        """Delete a pipeline that has ended."""
+        return self.background.delete(request.name)
+
+    def cancel_training_pipeline(self, request: Message) -> Empty:
+        """Cancel a pipeline."""
+        self.background.cancel(request.name)
+        return Empty()
