@@ -105,8 +105,8 @@ def connect(project: str | None = None, region: str = "us-central1") -> Cloud:
     try:
         process = client.start(place)
         _import_sdk()  # takes as long as the server's start: side by side
-        client.wait(place, process)
-        _lead_to(client.variables(place) | {"GOOGLE_CLOUD_REGION": region})
+        port = client.wait(place, process)["port"]
+        _lead_to(client.variables(place, port) | {"GOOGLE_CLOUD_REGION": region})
     except client.CloudError as error:
         raise ConnectError(str(error)) from None
     return _initialise(PROJECT, region, is_local=True)

@@ -327,7 +327,9 @@ def test_one_tensorboard_is_the_default(cloud):
     assert [one.name for one in aiplatform.Tensorboard.list(filter="is_default=true")] == [first.name]
 
 
-@pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated:DeprecationWarning")  # TensorBoard's import of it
+@pytest.mark.filterwarnings(
+    "ignore:html5lib's sanitizer is deprecated:DeprecationWarning"
+)  # TensorBoard's import of it
 def test_log_directory_is_uploaded_with_pictures_and_graph(cloud, tensorboard, tmp_path):
     import tensorflow as tf
 

@@ -461,6 +461,7 @@ def test_a_connection_that_a_server_closed_is_opened_again(serving):
 
 def test_a_server_that_hangs_does_not_keep_its_callers_or_others(serving):
     start(serving, "hangs", **CUSTOM)
+    assert answers(serving, "hangs")
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(post, serving, "hangs", b"sleep", seconds=1)
         assert answers(serving, "hangs")
@@ -474,7 +475,7 @@ def test_a_server_that_hangs_does_not_keep_its_callers_or_others(serving):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"health_route": "/other", "ready_seconds": 60}, "GET /other was answered with 404."),
+        ({"health_route": "/other", "ready_seconds": 60}, "GET /other got 404, 4 times in a row."),
         ({"environment": CUSTOM["environment"] | {"PORT_NAME": "MINE", "MINE": "0"}}, "Nothing listened on it."),
         ({"command": ("sleep", "60")}, "Nothing listened on it."),
     ],

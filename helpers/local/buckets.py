@@ -33,6 +33,7 @@ from typing import BinaryIO
 import google_crc32c
 
 BLOCK = 2**20  # bytes that are read or written at a time
+CLOCK_NANOSECONDS = 20_000_000  # within these, two changes of a file may bear the same time
 UPLOAD_SECONDS = 7 * 24 * 3600  # how long an upload in several requests may take, as in Google's
 
 SCHEMA = """
@@ -127,6 +128,11 @@ class Draft:
         with self.path.open("ab") as file:
             file.write(data)
         self._count(data)
+
+    def append(self, file: BinaryIO) -> None:
+        """Append what is in an open file."""
+        while data := file.read(BLOCK):
+            self.write(data)
 
     def checksums(self) -> dict[str, str]:
         """Return both checksums in base64, as clients write them."""
@@ -246,8 +252,9 @@ class Buckets:
             try:
                 for path, _, _ in os.walk(folder, topdown=False):
                     Path(path).rmdir()
-            except OSError as error:
-                message = f"The bucket you tried to delete is not empty: its folder holds what is no object ({error})."
+            except OSError:
+                rest = ", ".join(sorted(path.name for path in folder.iterdir()))
+                message = f"The bucket you tried to delete is not empty: its folder holds what is no object: {rest}"
                 raise StorageError(409, "conflict", message) from None
             self._forget(bucket)
 
@@ -380,7 +387,8 @@ class Buckets:
             if now != found or os.fstat(file.fileno()).st_mtime_ns != found.modified:
                 return found
         found = replace(found, crc32c=_base64(checksum))
-        self._save(found)
+        if time.time_ns() - found.modified > CLOCK_NANOSECONDS:
+            self._save(found)
         return found
 
     def draft(self, upload: str | None = None) -> Draft:
@@ -390,9 +398,7 @@ class Buckets:
             draft.path.touch()
         return draft
 
-    def put(
-        self, bucket: str, name: str, draft: Draft, resource: dict, check: Check, checksums: dict | None = None
-    ) -> Object:
+    def put(self, bucket: str, name: str, draft: Draft, resource: dict, check: Check, checksums: dict) -> Object:
         """Make a draft the object of this name, in one step, if `check` allows it, and return the object."""
         with self.lock:
             current = self.find(bucket, name)
@@ -400,7 +406,7 @@ class Buckets:
             generation = max(time.time_ns() // 1000, current.generation + 1 if current else 0)
             os.utime(draft.path, ns=(generation * 1000,) * 2)
             status = draft.path.stat()
-            made = Object(bucket, name, status.st_mtime_ns, status.st_size, resource=resource, **(checksums or {}))
+            made = Object(bucket, name, status.st_mtime_ns, status.st_size, resource=resource, **checksums)
             made = replace(made, updated=made.generation)
             # The row first: until the file is moved, the rows of the old file and of the new one both hold.
             self._save(made)
@@ -525,5 +531,6 @@ class Buckets:
 
     def cancel_upload(self, upload: str) -> None:
         """Forget an upload and what came of it."""
-        self._sql("DELETE FROM uploads WHERE id = ?", upload)
+        # The file first: on a full disk, there is no room for a change of the rows before.
         self.draft(upload).path.unlink(missing_ok=True)
+        self._sql("DELETE FROM uploads WHERE id = ?", upload)

@@ -30,9 +30,8 @@ def machine(spec: Message, where: str, serving: bool = False) -> None:
     kind = types.AcceleratorType(spec.accelerator_type).name if spec.accelerator_type else ""
     table = read("machines")
     family, _, size = name.rpartition("-")
-    is_cpu = size.isdigit() and int(size) in table["cpu"].get(family, ())
-    if serving and name.split("-")[0] in table["serving_families"]:
-        is_cpu = True
+    purpose = "prediction" if serving else "training"
+    is_cpu = size.isdigit() and family in table["cpu"] and int(size) in table["cpu"][family][purpose]
     if not is_cpu and name not in table["gpu"] and name not in table["tpu"]:
         raise invalid(f"Machine type {name!r} is not supported. See {table['source']} for the types that there are.")
     if bool(kind) != bool(count):
@@ -43,10 +42,12 @@ def machine(spec: Message, where: str, serving: bool = False) -> None:
     if name in table["tpu"] or not kind:
         return
     if name in table["gpu"]:
-        fits = [kind, count] == table["gpu"][name]
-        allowed = "{1} of {0}".format(*table["gpu"][name])
+        own = table["gpu"][name]
+        fits = (kind, count) == (own["accelerator"], own["count"])
+        allowed = f"{own['count']} of {own['accelerator']}"
     else:
-        counts = table["n1_gpu"].get(size, {}).get(kind, []) if family.startswith("n1-") else []
+        n1 = table["n1_gpu"].get(name.removeprefix("n1-")) or table["n1_gpu"].get(size, {})
+        counts = n1.get(kind, []) if family.startswith("n1-") else []
         fits, allowed = count in counts, f"{counts} of it" if counts else ""
     if not fits:
         advice = f"it takes {allowed}" if allowed else "GPUs go with n1, g2, g4, a2, a3 and a4 machines, each its own"
@@ -128,17 +129,15 @@ def serving_image(container: Message) -> str | None:
             f"Invalid image {image!r} for deployment: it is a training image. Use one of Google's prediction images, "
             "such as us-docker.pkg.dev/vertex-ai/prediction/tf2-cpu.2-15:latest, or your own."
         )
-    for framework, entry in read("images")["prediction"].items():
-        if found := re.fullmatch(rf"{entry['pattern']}\.(?P<version>[\w-]+)", name):
-            if found["version"] not in entry["versions"]:
-                break
-            return framework
+    for framework, entry in read("images")["prediction"]["frameworks"].items():
+        if any(name in release["images"].values() for release in entry["releases"]):
+            return entry.get("runtime_of", framework)
     raise invalid(f"Invalid image {image!r} for deployment. Please use a Model with a valid image.")
 
 
 def artifacts(framework: str, folder: Path, uri: str) -> None:
     """Refuse a model whose artifacts a prebuilt image cannot load, by their names alone."""
-    names = read("images")["prediction"][framework]["files"]
+    names = read("images")["prediction"]["frameworks"][framework]["files"]
     if not any((folder / name).is_file() for name in names):
         raise precondition(
             f"The directory {uri!r} holds none of the files that a prebuilt {framework} image loads, which have to be "

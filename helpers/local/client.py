@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from helpers.local import PROJECT
@@ -120,15 +119,12 @@ def original() -> dict[str, str]:
     return environment
 
 
-def variables(place: Path, base: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment variables that lead the SDKs of a process to the server that has the folder.
+def variables(place: Path, port: int) -> dict[str, str]:
+    """Return the environment variables that lead the SDKs of a process to the server of a folder, at its port.
 
-    `base` is the environment that they are added to: the certificates that it trusts stay trusted.
+    The certificates that this process trusts stay trusted.
     """
-    base = original() if base is None else base
-    found = address(place)
-    if found is None:
-        raise CloudError("No server has the local cloud's folder: call environment.connect() first.")
+    base = original()
     keys = place / "identity"
     bundle = keys / "bundle.pem"
     trusted = next((base[name] for name in CA_VARIABLES if Path(base.get(name) or "/nowhere").is_file()), None)
@@ -141,7 +137,7 @@ def variables(place: Path, base: Mapping[str, str] | None = None) -> dict[str, s
         partial = bundle.with_suffix(f".{os.getpid()}")
         partial.write_bytes(content)
         partial.replace(bundle)
-    proxy = f"http://127.0.0.1:{found['port']}"
+    proxy = f"http://127.0.0.1:{port}"
     not_proxied = ",".join(filter(None, [NOT_PROXIED, base.get("no_proxy") or base.get("NO_PROXY")]))
     return {
         **dict.fromkeys(CA_VARIABLES, str(bundle)),

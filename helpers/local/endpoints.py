@@ -287,8 +287,7 @@ class PredictionService(Service):
         if dedicated and NAME_OF_DEDICATED.get() != dedicated:
             raise errors.invalid(
                 "Dedicated Endpoint cannot be accessed through the shared Vertex AI domain aiplatform.googleapis.com. "
-                f"Please access the endpoint using its dedicated dns name {dedicated!r}: "
-                "predict(..., use_dedicated_endpoint=True)."
+                f"Please access the endpoint using its dedicated dns name {dedicated!r}."
             )
         limit = DEDICATED_LIMIT if dedicated else SHARED_LIMIT
         if len(body) > limit:

@@ -5,6 +5,9 @@ that it started: SIGTERM, and after that time SIGKILL. The end of the pipe, whic
 does the same with GRACE_SECONDS. When the command ends by itself, what it left running ends with it, as in a container.
 Then CLEANUP runs, if there is one.
 
+What the command prints comes through a pipe, as in a container: a task that opens /dev/stderr anew must not empty the
+owner's log.
+
 The exit status is the command's; 128 + n if signal n ended it, 127 if it was not found, 126 if it could not be run.
 It is started for every task, so it needs the standard library alone, and it works alike as process 1 of a sandbox.
 """
@@ -19,7 +22,7 @@ import subprocess
 import sys
 import time
 
-GRACE_SECONDS = 5
+GRACE_SECONDS = 2
 LOOK_SECONDS = 0.02  # between two looks at what still runs
 LAST_SECONDS = 5  # for what even SIGKILL does not end, as a process that waits for a broken disk
 CLEANUP_SECONDS = 30
@@ -35,13 +38,16 @@ def main(cleanup, command):
     for signum in (signal.SIGCHLD, *TOLD):
         signal.signal(signum, lambda *_: None)  # it arrives as a byte in `news`
     adopt_orphans()
+    output, prints = os.pipe()
+    streams = {"stdin": subprocess.DEVNULL, "stdout": prints, "stderr": prints}
     try:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        child = subprocess.Popen(command, start_new_session=True, **streams)
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr)
         status = 127 if isinstance(error, FileNotFoundError) else 126
     else:
-        status = watch(child.pid, news)
+        os.close(prints)
+        status = watch(child.pid, news, output)
         child.returncode = status  # reaped here, behind the back of subprocess
     if cleanup:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -50,20 +56,23 @@ def main(cleanup, command):
     return status
 
 
-def watch(child, news):
+def watch(child, news, output):
     """Wait until the child and all other descendants have ended, by themselves or because the owner says so."""
-    owner = [sys.stdin.fileno()]
+    owner = sys.stdin.fileno()
+    sources = [owner, news, output]
     status, deadline = None, math.inf
     while True:
-        ready, _, _ = select.select([*owner, news], [], [], None if deadline == math.inf else LOOK_SECONDS)
+        ready, _, _ = select.select(sources, [], [], None if deadline == math.inf else LOOK_SECONDS)
         grace = math.inf
+        if output in ready and not copy(output):
+            sources.remove(output)
         if news in ready and any(signum in TOLD for signum in os.read(news, 4096)):
             grace = GRACE_SECONDS
-        if ready and ready[0] in owner:
-            word = os.read(ready[0], 4096)
+        if owner in ready:
+            word = os.read(owner, 4096)
             grace = float(word.split()[-1]) if word else GRACE_SECONDS
             if not word:
-                owner.clear()
+                sources.remove(owner)
         status = reap(child, status)
         now = time.monotonic()
         if grace < math.inf:
@@ -79,7 +88,19 @@ def watch(child, news):
             send(signal.SIGKILL, members)
         if not members or now > deadline + LAST_SECONDS:
             status = reap(child, status)
+            os.set_blocking(output, False)
+            with contextlib.suppress(BlockingIOError):
+                while copy(output):
+                    pass
             return 128 + signal.SIGKILL if status is None else status
+
+
+def copy(output):
+    """Write out what the command has printed, or drop it where that cannot be written; return it, empty at the end."""
+    printed = os.read(output, 65536)
+    with contextlib.suppress(OSError):
+        os.write(sys.stdout.fileno(), printed)
+    return printed
 
 
 def adopt_orphans():

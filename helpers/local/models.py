@@ -228,19 +228,22 @@ class ModelService(Service):
 
     def export_model(self, request: Message) -> Message:
         """Copy a version's artifacts to Cloud Storage."""
+        version = self.version(request.name)
+        artifacts = self.artifacts_of(version)
+        if not artifacts.is_dir():
+            raise errors.precondition(f"The model {version.name} has no artifacts to export.")
+        prefix = request.output_config.artifact_destination.output_uri_prefix.rstrip("/")
+        stamp = version.update_time.ToDatetime().strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        uri = f"{prefix}/model-{version.name.rsplit('/', 1)[1]}/{EXPORT_FORMAT}/{stamp}"
+        checks.bucket(uri, request.name.split("/")[3], self.cloud.bucket_location)
 
         def work():
-            version = self.version(request.name)
-            artifacts = self.artifacts_of(version)
-            if not artifacts.is_dir():
-                raise errors.precondition(f"The model {version.name} has no artifacts to export.")
-            prefix = request.output_config.artifact_destination.output_uri_prefix.rstrip("/")
-            stamp = version.update_time.ToDatetime().strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-            uri = f"{prefix}/model-{version.name.rsplit('/', 1)[1]}/{EXPORT_FORMAT}/{stamp}"
             shutil.copytree(artifacts, self.cloud.path_of(uri), dirs_exist_ok=True)
             return ExportModelResponse()
 
-        return self.cloud.operations.start(location_of(request.name), work)
+        metadata = types.ExportModelOperationMetadata.pb()()
+        metadata.output_info.artifact_output_uri = uri
+        return self.cloud.operations.start(location_of(request.name), work, metadata)
 
     def import_model_evaluation(self, request: Message) -> Message:
         """Store an evaluation of a version."""

@@ -36,6 +36,7 @@ TRANSPORTS = {
     ),
     "google.cloud.resourcemanager_v3.services": ("projects",),
 }
+VERSION = re.compile(r"^/(?:v1beta1|ui)/")  # the SDK's REST client asks for operations under /ui
 THREADS = 96  # calls at a time, most of which wait: for a job to change, or for a model to answer
 
 
@@ -198,7 +199,7 @@ class Rpc:
     def rest(self, verb: str, path: str, query: str, body: bytes, content_type: str) -> tuple[int, str, bytes]:
         """Answer a REST call; return the HTTP status, the type of the content, and the content."""
         try:
-            method, request = self._read_rest(verb, path.replace("/v1beta1/", "/v1/", 1), query, body)
+            method, request = self._read_rest(verb, VERSION.sub("/v1/", path), query, body)
             if method.name.endswith("RawPredict"):
                 request.http_body.content_type = content_type
             result = self.answer(method, request)

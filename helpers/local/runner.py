@@ -13,7 +13,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 from google.rpc import code_pb2
 
-from helpers.local import PROJECT_NUMBER, checks, client, sandbox
+from helpers.local import PROJECT_NUMBER, checks, sandbox
 from helpers.local.background import Control, JobFailed
 
 ROLES = ("chief", "worker", "ps", "evaluator")  # what TF_CONFIG calls the worker pools
@@ -163,7 +163,7 @@ class Run:
             "task": {"type": f"workerpool{replica.pool}", **place},
             "job": job,
         }
-        found = client.variables(self.cloud.folder) | {
+        found = self.cloud.variables() | {
             "CLOUD_ML_JOB_ID": self.job_id,
             "CLOUD_ML_PROJECT_ID": PROJECT_NUMBER,
             "CLOUD_ML_REGION": self.region,

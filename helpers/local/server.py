@@ -32,7 +32,7 @@ from helpers.local.door import Door
 from helpers.local.endpoints import NAME_OF_DEDICATED
 from helpers.local.identity import Identity
 from helpers.local.rpc import Method, Rpc, refusal_as_rest
-from helpers.local.service import Operations, Service
+from helpers.local.service import Service
 from helpers.local.serving import READY_SECONDS, Deployment, Serving
 from helpers.local.store import Store
 
@@ -55,6 +55,7 @@ class Cloud:
             jobs,
             metadata,
             models,
+            operations,
             pipelines,
             projects,
             relay,
@@ -68,22 +69,36 @@ class Cloud:
         self.buckets.mkdir(exist_ok=True)
         self.identity = Identity(folder / "identity", PROJECT)
         self.store = Store(folder / "state.sqlite")
-        self.operations = Operations(self.store)
-        self.serving = Serving(folder / "serving", self.buckets, lambda: client.variables(folder))
+        self.serving = Serving(folder / "serving", self.buckets, self.variables)
+        self.port = 0  # of the door, as soon as it is open
         self.last_work = time.monotonic()
         self.rpc = Rpc(self.answer, self.identity.allows)
-        modules = (datasets, endpoints, jobs, metadata, models, pipelines, projects, studies, tensorboards)
+        modules = (
+            datasets,
+            endpoints,
+            jobs,
+            metadata,
+            models,
+            operations,
+            pipelines,
+            projects,
+            studies,
+            tensorboards,
+        )
         classes = [value for module in modules for value in vars(module).values() if _is_service(value, module)]
         self.services: dict[str, Service] = {}
         for service in classes:
             self.services[service.name] = service(self)
+        self.operations = self.services["Operations"]
         self._objects = Buckets(self.buckets, folder / "storage.sqlite")
         self.storage_routes = storage.routes(self._objects, relay.through(proxy))
         self.bigquery_routes = bigquery.routes(folder / "bigquery", self.buckets, PROJECT)
-        for service in self.services.values():
-            service.restore()
 
     # What services share
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment variables that lead the SDKs of a job or a model server to this cloud."""
+        return client.variables(self.folder, self.port)
 
     def path_of(self, uri: str) -> Path:
         """Return the path of a gs://BUCKET/OBJECT, there or not; nothing outside of the bucket has one."""
@@ -195,6 +210,11 @@ class Cloud:
 
     # Life
 
+    def restore(self) -> None:
+        """Go on with what the last server left: report its jobs as failed, serve its models again."""
+        for service in self.services.values():
+            service.restore()
+
     def is_busy(self) -> bool:
         """Say whether a job runs."""
         return any(service.is_busy() for service in self.services.values())
@@ -294,6 +314,8 @@ def serve(folder: Path, proxy: str | None) -> int:
     rest = uvicorn.Server(config)
     listening = socket.create_server(("127.0.0.1", 0), backlog=128)
     door = open_door(before, grpc_port, listening.getsockname()[1], proxy)
+    cloud.port = door.server_address[1]
+    cloud.restore()
     threading.Thread(target=door.serve_forever, name="door", daemon=True).start()
     threading.Thread(target=end_when_idle, args=(cloud, rest), name="idle", daemon=True).start()
     partial = address.with_suffix(".partial")

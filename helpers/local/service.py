@@ -5,26 +5,20 @@ snake case: `create_custom_job`. What is neither a rule nor a method is refused 
 """
 
 import functools
-import logging
 import re
-import threading
 from collections.abc import Callable
 
 from google.longrunning import operations_pb2
 from google.protobuf import field_mask_pb2
 from google.protobuf.message import Message
-from google.rpc import code_pb2, status_pb2
 from grpc import StatusCode
 
 from helpers.local import errors, filters
 from helpers.local.rpc import Method
 from helpers.local.store import Store, new_id
 
-log = logging.getLogger(__name__)
-
 PAGE_SIZE = 1000
 OWN_FIELDS = ("name", "create_time", "update_time", "etag", "state", "error")  # set by the service alone
-QUICK_SECONDS = 0.5  # an operation that ends within this time is answered as done
 
 
 def snake(name: str) -> str:
@@ -35,53 +29,6 @@ def snake(name: str) -> str:
 def location_of(name: str) -> str:
     """Return the projects/PROJECT/locations/REGION that a resource's name begins with."""
     return "/".join(name.split("/")[:4])
-
-
-class Operations:
-    """Long-running operations; they outlive the server, though not the work that a killed server did."""
-
-    def __init__(self, store: Store):
-        """Report what a server before this one left unfinished as failed."""
-        self._store = store
-        for operation in store.all("operations"):
-            if not operation.done:
-                operation.done = True
-                operation.error.code = code_pb2.ABORTED
-                operation.error.message = "The local cloud ended while this operation ran. Start the operation again."
-                store.put(operation.name, operation)
-
-    def finished(self, parent: str, response: Message) -> operations_pb2.Operation:
-        """Return an operation that is done."""
-        operation = operations_pb2.Operation(name=f"{parent}/operations/{new_id()}", done=True)
-        operation.response.Pack(response)
-        self._store.put(operation.name, operation)
-        return operation
-
-    def start(self, parent: str, work: Callable[[], Message]) -> operations_pb2.Operation:
-        """Start work in the background; return its operation, done already if the work was quick."""
-        name = f"{parent}/operations/{new_id()}"
-        self._store.put(name, operations_pb2.Operation(name=name))
-
-        def run():
-            ended = operations_pb2.Operation(name=name, done=True)
-            try:
-                ended.response.Pack(work())
-            except errors.Refused as refusal:
-                ended.error.CopyFrom(status_pb2.Status(code=refusal.code.value[0], message=refusal.message))
-            except Exception as error:
-                log.exception("operation %s failed", name)
-                refusal = errors.of_system(error)
-                code = refusal.code if refusal else StatusCode.INTERNAL
-                message = refusal.message if refusal else f"{type(error).__name__}: {error}"
-                ended.error.CopyFrom(status_pb2.Status(code=code.value[0], message=message))
-            self._store.put(name, ended)
-
-        threading.Thread(target=run, name=name, daemon=True).start()
-        return self.wait(name, QUICK_SECONDS)
-
-    def wait(self, name: str, seconds: float) -> operations_pb2.Operation:
-        """Return an operation as soon as it is done, and in any case after some seconds."""
-        return self._store.wait(name, lambda operation: operation.done, seconds)
 
 
 class Service:

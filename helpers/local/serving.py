@@ -244,7 +244,7 @@ class ModelServer:
         while (found := check(port, route)) != "200":
             failed = 0 if found in ("", "503") else failed + 1
             if failed == MAX_FAILED_CHECKS or time.monotonic() > deadline:
-                hint = f"GET {route} was answered with {found}" if found else "Nothing listened on it"
+                hint = f"GET {route} got {found}, {failed} times in a row" if found else "Nothing listened on it"
                 raise ServingError(
                     "Model server never became ready. Please validate that your model file or container configuration "
                     f"are valid. {self._where()} The server has to listen on port $AIP_HTTP_PORT, here {port}. {hint}."

@@ -6,7 +6,6 @@ an object's name may hold slashes, which are quoted there. Uploads stream into d
 
 import asyncio
 import re
-import shutil
 import sqlite3
 import uuid
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from dataclasses import dataclass, replace
 from email.message import Message
 from email.parser import BytesParser
 from http import HTTPStatus
-from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote_to_bytes, urlsplit
 from xml.sax.saxutils import escape
@@ -29,7 +27,7 @@ from starlette.routing import Route
 from helpers.local import PROJECT, PROJECT_NUMBER, errors
 from helpers.local import storage_resources as resources
 from helpers.local import storage_transfers as transfers
-from helpers.local.buckets import BLOCK, Buckets, Draft, NoSuchBucket, Object, StorageError
+from helpers.local.buckets import Buckets, Draft, NoSuchBucket, Object, StorageError
 
 PAGE_SIZE = 1000
 
@@ -65,17 +63,15 @@ PATTERNS = {re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", call)): function f
 STREAMING = ("upload", "resume", "cancel")  # the calls that read their bodies themselves
 READING = ("list_objects", "get_object", "download")  # the calls that are relayed for buckets that are elsewhere
 BATCHED = {function for call, function in CALLS.items() if " storage/v1/" in call}
-REFUSED_PARAMETERS = ("predefinedAcl", "predefinedDefaultObjectAcl", "softDeleted", "kmsKeyName")
 
 
-def routes(buckets: Path, store_path: Path, relay: Callable[[Request], Response]) -> list[Route]:
+def routes(buckets: Buckets, relay: Callable[[Request], Response]) -> list[Route]:
     """Return what serves the hosts of Cloud Storage.
 
-    `buckets` is the folder of the buckets; what a file cannot hold lies in the SQLite file `store_path` and in folders
-    beside it. `relay` is called in a thread for a request that reads objects of a bucket which is not here.
+    `relay` is called, in a thread, for a request that reads objects of a bucket which is not here.
     """
     methods = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
-    return [Route("/{path:path}", Storage(Buckets(buckets, store_path), relay).answer, methods=methods)]
+    return [Route("/{path:path}", Storage(buckets, relay).answer, methods=methods)]
 
 
 @dataclass(frozen=True)
@@ -145,15 +141,6 @@ def refusal(error: Exception, as_xml: bool = False) -> Response:
     return JSONResponse(content, error.status, error.headers)
 
 
-def refuse_parameters(call: Call) -> None:
-    """Raise when a call asks for what is not done here."""
-    for parameter in REFUSED_PARAMETERS:
-        if call.query.get(parameter, "false").lower() not in ("", "false"):
-            raise resources.unimplemented(f"The parameter {parameter}", parameter)
-    if "x-goog-encryption-algorithm" in call.headers:
-        raise resources.unimplemented("Encryption with a key of the client's own", "encryption")
-
-
 class Storage:
     """Answers the calls in `CALLS`, in a thread where their bodies do not stream."""
 
@@ -178,7 +165,7 @@ class Storage:
                 function, names = find_call(method, path)
             body = b"" if function in STREAMING else await request.body()
             call = Call(method, request.query_params, request.headers, base, body, request)
-            refuse_parameters(call)
+            resources.refuse_parameters(call.query, call.headers)
             if function in STREAMING:
                 return await getattr(self, function)(call, **names)
             return await run_in_threadpool(self.perform, function, call, names)
@@ -203,9 +190,7 @@ class Storage:
         kind = f"Content-Type: {call.headers.get('content-type')}\r\n\r\n".encode()
         message = BytesParser().parsebytes(kind + call.body)
         if not message.is_multipart():
-            raise StorageError(
-                400, "badRequest", "Malformed batch: expected multipart/mixed with a part for each call."
-            )
+            raise StorageError(400, "badRequest", "Malformed batch: expected multipart/mixed with calls in its parts.")
         boundary = uuid.uuid4().hex
         parts = [f"--{boundary}\r\n".encode() + self.answer_part(part, call.base) for part in message.get_payload()]
         body = b"\r\n".join([*parts, f"--{boundary}--\r\n".encode()])
@@ -223,7 +208,7 @@ class Storage:
                 raise StorageError(400, "badRequest", "A batch cannot hold uploads, downloads or batches.")
             headers = Headers(dict(BytesParser().parsebytes(fields.encode()).items()))
             call = Call(method, QueryParams(where.query), headers, base, body.strip())
-            refuse_parameters(call)
+            resources.refuse_parameters(call.query, call.headers)
             response = self.perform(function, call, names)
         except Exception as error:
             response = refusal(error)
@@ -331,7 +316,7 @@ class Storage:
             matches=resources.glob(query["matchGlob"]).fullmatch if query.get("matchGlob") else None,
         )
         answer = {
-            "items": [object_resource(found, call.base) for found in objects],
+            "items": [resources.object_resource(found, call.base) for found in objects],
             "prefixes": prefixes,
             "nextPageToken": following and resources.to_token(following),
         }
@@ -374,17 +359,17 @@ class Storage:
             if call.request.method == "HEAD":
                 return Response(None, status, headers)
             unless_streamed.pop_all()
-        return StreamingResponse(
-            transfers.pieces(file, start, float("inf") if unzip else end - start, unzip), status, headers
-        )
+        content = transfers.pieces(file, start, float("inf") if unzip else end - start, unzip)
+        return StreamingResponse(content, status, headers)
 
     def change_object(self, call: Call, bucket: str, name: str) -> dict:
         """Change the metadata that is given (PATCH), or all that can be set (PUT)."""
         change = resources.settable(call.json(), resources.OBJECT_FIELDS)
 
         def resource_of(old):
-            kept = old if call.method == "PATCH" else {field: old[field] for field in old.keys() - OBJECT_FIELDS}
-            return resources.merged(kept, change)
+            if call.method == "PUT":
+                old = {field: old[field] for field in old.keys() - resources.OBJECT_FIELDS}
+            return resources.merged(old, change)
 
         found = self.buckets.change(bucket, name, resources.existing(call.query, bucket, name), resource_of)
         return resources.object_resource(self.buckets.checked(found), call.base)
@@ -396,52 +381,39 @@ class Storage:
     def compose(self, call: Call, bucket: str, name: str) -> dict:
         """Join up to 32 objects of a bucket into one, which has no MD5, as in Google's."""
         body = call.json()
-        sources = [
-            resources.of_kind(dict, source, "sourceObjects")
-            for source in resources.of_kind(list, body.get("sourceObjects"), "sourceObjects")
-        ]
-        names = [of_kind(str, source.get("name"), "name") for source in sources]
+        sources = resources.of_kind(list, body.get("sourceObjects"), "sourceObjects")
         if not 1 <= len(sources) <= 32:
-            message = f"The resources.number of source components provided ({len(sources)}) is not between 1 and the maximum (32)"
+            message = f"The number of source components provided ({len(sources)}) is not between 1 and the maximum (32)"
             raise StorageError(400, "invalid", message)
-        resource = resources.new_resource(resources.of_kind(dict, body.get("destination"), "destination")) | {
-            "componentCount": 0
-        }
+        resource = resources.new_resource(resources.of_kind(dict, body.get("destination"), "destination"))
+        components, parts = 0, set()
         with self.buckets.draft() as draft:
-            with draft.path.open("wb") as target:
-                for source, part in zip(sources, names, strict=True):
-                    wanted = resources.of_kind(dict, source.get("objectPreconditions"), "objectPreconditions")
-                    wanted = wanted | {"generation": source["generation"]} if "generation" in source else wanted
-                    found, file = self.buckets.open(bucket, part)
-                    with file:
-                        resources.existing(
-                            QueryParams({key: str(value) for key, value in wanted.items()}), bucket, part
-                        )(found)
-                        resource["componentCount"] += found.resource.get("componentCount", 1)
-                        shutil.copyfileobj(file, target, BLOCK)
-            made = self.buckets.put(bucket, name, draft, resource, resources.condition(call.query))
+            for source in sources:
+                part, wanted = resources.compose_source(source)
+                found, file = self.buckets.open(bucket, part)
+                with file:
+                    resources.existing(wanted, bucket, part)(found)
+                    draft.append(file)
+                components += found.resource.get("componentCount", 1)
+                parts.add(part)
+            resource["componentCount"] = components
+            checksums = draft.checksums() | {"md5": None}
+            made = self.buckets.put(bucket, name, draft, resource, resources.condition(call.query), checksums)
         if body.get("deleteSourceObjects"):
-            for part in {*names} - {name}:
+            for part in parts - {name}:
                 self.buckets.remove(bucket, part, lambda current: None)
-        return resources.object_resource(self.buckets.checked(made), call.base)
+        return resources.object_resource(made, call.base)
 
     def copied(self, call: Call, bucket: str, name: str, to_bucket: str, to_name: str) -> Object:
         """Copy an object with its metadata, except what a call gives anew."""
         found, file = self.buckets.open(bucket, name)
         with file, self.buckets.draft() as draft:
             resources.existing(call.query, bucket, name, "ifSource")(found)
-            change = {
-                field: value
-                for field, value in resources.settable(call.json(), resources.OBJECT_FIELDS).items()
-                if value is not None
-            }
-            with draft.path.open("wb") as target:
-                shutil.copyfileobj(file, target, BLOCK)
-            checksums = {"crc32c": found.crc32c, "md5": found.md5}
-            made = self.buckets.put(
-                to_bucket, to_name, draft, found.resource | change, resources.condition(call.query), checksums
-            )
-        return self.buckets.checked(made)
+            change = resources.merged({}, resources.settable(call.json(), resources.OBJECT_FIELDS))
+            draft.append(file)
+            checksums = draft.checksums() | {"md5": found.md5}
+            check = resources.condition(call.query)
+            return self.buckets.put(to_bucket, to_name, draft, found.resource | change, check, checksums)
 
     def copy(self, call: Call, **names: str) -> dict:
         """Copy an object."""
@@ -467,10 +439,9 @@ class Storage:
         """Take an object in one request, or begin to take it in several."""
         kind = call.query.get("uploadType")
         if kind == "resumable":
-            begun = {"contentType": call.headers.get("x-upload-content-type")} | resources.parse(
-                await call.request.body()
-            )
-            return await run_in_threadpool(self.begin, call, bucket, begun)
+            body = {"contentType": call.headers.get("x-upload-content-type")}
+            body |= resources.parse(await call.request.body())
+            return await run_in_threadpool(self.begin, call, bucket, body)
         with self.buckets.draft() as draft:
             if kind == "multipart":
                 content = transfers.related(call.request)
@@ -479,9 +450,7 @@ class Storage:
                 content = transfers.blocks(call.request)
                 body = {"contentType": call.headers.get("content-type")}
             else:
-                raise StorageError(
-                    400, "invalid", f"Invalid uploadType: {kind}; expected media, multipart or resumable."
-                )
+                raise StorageError(400, "invalid", f"Invalid uploadType: {kind!r}")
             async for data in content:
                 await run_in_threadpool(draft.write, data)
             return await run_in_threadpool(self.finish, call, bucket, call.query, body, draft)

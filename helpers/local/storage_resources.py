@@ -47,6 +47,15 @@ def unimplemented(what: str, word: str) -> StorageError:
     return StorageError(501, "notImplemented", errors.unimplemented(what, INSTEAD.get(word, "")).message)
 
 
+def refuse_parameters(query: QueryParams, headers: Headers) -> None:
+    """Raise when a call asks for what is not done here."""
+    for parameter in ("predefinedAcl", "predefinedDefaultObjectAcl", "softDeleted", "kmsKeyName"):
+        if query.get(parameter, "false").lower() not in ("", "false"):
+            raise unimplemented(f"The parameter {parameter}", parameter)
+    if "x-goog-encryption-algorithm" in headers:
+        raise unimplemented("Encryption with a key of the client's own", "encryption")
+
+
 def parse(body: bytes) -> dict:
     """Return a JSON object."""
     try:
@@ -237,6 +246,14 @@ def check_etag(headers: Headers, found: Object) -> None:
             raise StorageError(status, "conditionNotMet", message)
 
 
+def compose_source(source: dict) -> tuple[str, QueryParams]:
+    """Return the name of an object that is to be joined, and its preconditions as those of a query."""
+    name = of_kind(str, of_kind(dict, source, "sourceObjects").get("name"), "name")
+    wanted = {"generation": source.get("generation")}
+    wanted |= of_kind(dict, source.get("objectPreconditions"), "objectPreconditions")
+    return name, QueryParams({parameter: str(value) for parameter, value in wanted.items() if value is not None})
+
+
 # Lists
 
 
@@ -248,7 +265,7 @@ def to_token(name: str) -> str:
 def from_token(token: str | None) -> str:
     """Return the name at which a page starts."""
     try:
-        return base64.urlsafe_b64decode(token or "").decode()
+        return base64.b64decode(token or "", b"-_", validate=True).decode()
     except ValueError:
         raise StorageError(400, "invalid", f"Invalid page token: {token!r}; expected one of an earlier page.") from None
 

@@ -21,7 +21,7 @@ from sqlglot.generators.duckdb import DuckDBGenerator
 from sqlglot.parsers.bigquery import BigQueryParser
 from sqlglot.tokens import TokenType
 
-from helpers.local.warehouse import BigQueryError, Name, unimplemented
+from helpers.local.bigquery_schemas import BigQueryError, Name, unimplemented
 
 
 # What DuckDB lacks
@@ -219,7 +219,7 @@ def _literal(self, e: exp.Literal) -> str:
     if not e.is_string and "." in e.name and "e" not in e.name.lower():
         return f"{e.name}e0"
     is_operand = isinstance(e.parent, exp.Add | exp.Sub | exp.Mul)
-    if is_operand and all(isinstance(operand, exp.Literal) for operand in e.parent.iter_expressions()):
+    if is_operand and all(isinstance(side, exp.Literal) and side.is_int for side in e.parent.iter_expressions()):
         return f"CAST({e.name} AS BIGINT)"  # DuckDB would compute in 32 bits
     return self.literal_sql(e)
 
@@ -474,7 +474,7 @@ class Script:
         for select in tree.find_all(exp.Select):
             _name_columns(select)
         for table in list(tree.find_all(exp.Table)):
-            if not self.is_local(table) and not table.find_ancestor(MLFunction):
+            if not table.meta.get("placed") and not table.find_ancestor(MLFunction) and not self.is_local(table):
                 self._place(table, place)
         self._check(tree)
         try:
@@ -510,6 +510,7 @@ class Script:
         for key in ("pivots", "sample", "joins"):
             if table.args.get(key):
                 new.set(key, table.args[key])
+        new.meta["placed"] = True  # what an ML function reads is copied, and comes here again
         table.replace(new)
 
     def _substitute(self, tree: exp.Expression) -> None:
@@ -591,7 +592,9 @@ def literal(type_: dict, value: dict) -> exp.Expression:
     if type_["type"] == "STRUCT":
         values = value.get("structValues", {})
         fields = [
-            exp.PropertyEQ(this=exp.to_identifier(field["name"]), expression=literal(field["type"], values[field["name"]]))
+            exp.PropertyEQ(
+                this=exp.to_identifier(field["name"]), expression=literal(field["type"], values[field["name"]])
+            )
             for field in type_["structTypes"]
         ]
         return exp.Struct(expressions=fields)
@@ -619,20 +622,35 @@ _WORDS = [
     (r"string '(?P<value>.*)' to DOUBLE", "Bad double value: {value}"),
     (r"string '(?P<value>.*)' to BOOL", "Bad bool value: {value}"),
     (r"invalid (?P<type>date|timestamp) field format: \"(?P<value>[^\"]*)\"", "Invalid {type}: '{value}'"),
-    (r"column \"(?P<name>[^\"]*)\" must appear in the GROUP BY clause",
-     "SELECT list expression references column {name} which is neither grouped nor aggregated"),
+    (
+        r"column \"(?P<name>[^\"]*)\" must appear in the GROUP BY clause",
+        "SELECT list expression references column {name} which is neither grouped nor aggregated",
+    ),
     (r"Referenced column \"(?P<name>[^\"]*)\" not found", "Unrecognized name: {name}"),
     (r"Referenced column \"(?P<name>[^\"]*)\" was not found", "Unrecognized name: {name}"),
-    (r"Table \"(?P<table>[^\"]*)\" does not have a column named \"(?P<name>[^\"]*)\"", "Name {name} not found inside {table}"),
+    (
+        r"Table \"(?P<table>[^\"]*)\" does not have a column named \"(?P<name>[^\"]*)\"",
+        "Name {name} not found inside {table}",
+    ),
     (r"Referenced table \"(?P<name>[^\"]*)\" not found", "Unrecognized name: {name}"),
-    (r"Function with name (?P<name>\w+) does not exist",
-     "Function not found: {name} (the local BigQuery does not have it, Google's may)"),
-    (r"No function matches .* '(?P<name>[^(]+)\((?P<types>.*?)\)'", "No matching signature for {name} for argument types: {types}"),
-    (r"best candidate function for the function call \"(?P<name>[^(]+)\((?P<types>.*?)\)\"", "No matching signature for {name} for argument types: {types}"),
+    (
+        r"Function with name (?P<name>\w+) does not exist",
+        "Function not found: {name} (the local BigQuery does not have it, Google's may)",
+    ),
+    (
+        r"No function matches .* '(?P<name>[^(]+)\((?P<types>.*?)\)'",
+        "No matching signature for {name} for argument types: {types}",
+    ),
+    (
+        r"best candidate function for the function call \"(?P<name>[^(]+)\((?P<types>.*?)\)\"",
+        "No matching signature for {name} for argument types: {types}",
+    ),
     (r"Overflow in \w+ of INT\d+ \((?P<what>.*)\)", "int64 overflow: {what}"),
     (r"NOT NULL constraint failed: .*\.(?P<column>\w+)", "Required field {column} cannot be null"),
     (r"More than one row returned by a subquery", "Scalar subquery produced more than one element"),
-    (r"table \"?(?P<table>[^\" ]*)\"? has (?P<n>\d+) columns but (?P<m>\d+) values were supplied",
-     "Inserted row has wrong column count; Has {m}, expected {n}"),
+    (
+        r"table \"?(?P<table>[^\" ]*)\"? has (?P<n>\d+) columns but (?P<m>\d+) values were supplied",
+        "Inserted row has wrong column count; Has {m}, expected {n}",
+    ),
     (r"Invalid Input Error: (?P<message>.*)", "{message}"),
 ]
