@@ -9,9 +9,10 @@ import pytest
 
 from helpers import environment
 
-NOTHING = {
-    name: "" for name in ("CLOUD_ML_JOB_ID", "CLUSTER_SPEC", "CLOUD_ML_PROJECT_ID", "AIP_MODE", "VERTEX_PRODUCT")
-}
+SIGNS = (
+    *("CLOUD_ML_JOB_ID", "CLUSTER_SPEC", "CLOUD_ML_PROJECT_ID", "AIP_MODE", "VERTEX_PRODUCT"),
+    *("COLAB_RELEASE_TAG", "CLOUD_SHELL", "GOOGLE_CLOUD_SHELL", "DEVSHELL_PROJECT_ID"),
+)
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_the_sdks_command_for_custom_containers_needs_no_network(cloud, tmp_path
     )
     assert status == 0, said
     assert "keeps its own pip" in said
-    assert NOWHERE not in said.replace(f"Looking in indexes: {NOWHERE}", "")
+    assert "Retrying" not in said
     assert re.search(r"trained six \['--epochs=3'\] .*/home/\.local/.*task\.py", said)
 
 
@@ -258,6 +258,7 @@ def build_wheel(folder, config_settings=None, metadata_directory=None):
 """
 
 
+@plain
 @pytest.mark.parametrize("user", ["", "--user"])
 def test_another_version_of_a_package_wins_in_the_task(cloud, user):
     wheel(cloud.bucket, "six", "0.1")

@@ -9,7 +9,7 @@ LOCATION = "US"
 class BigQueryError(Exception):
     """A refusal in BigQuery's words, with its `reason` and the HTTP `status` that goes with it."""
 
-    STATUS = {"notFound": 404, "duplicate": 409, "accessDenied": 403, "notImplemented": 501}  # noqa: RUF012
+    STATUS = {"notFound": 404, "duplicate": 409, "accessDenied": 403, "notImplemented": 501}
 
     def __init__(self, message: str, reason: str = "invalidQuery"):
         """Refuse with a message for the user and BigQuery's word for the reason."""
@@ -91,7 +91,8 @@ _DUCKDB = {
 }
 _BIGQUERY = {
     **{duckdb.lower(): name for name, duckdb in _DUCKDB.items()},
-    **dict.fromkeys("tinyint smallint integer hugeint utinyint usmallint uinteger ubigint uhugeint".split(), "INTEGER"),
+    **dict.fromkeys(("tinyint", "smallint", "integer", "hugeint"), "INTEGER"),
+    **dict.fromkeys(("utinyint", "usmallint", "uinteger", "ubigint", "uhugeint"), "INTEGER"),
     **dict.fromkeys(("timestamp_s", "timestamp_ms", "timestamp_ns"), "DATETIME"),
     **{"decimal": "NUMERIC", "float": "FLOAT", "uuid": "STRING", "enum": "STRING", "null": "INTEGER"},
 }
@@ -107,6 +108,8 @@ def canonical(field: dict) -> dict:
         raise unimplemented(f"The type {type_}")
     if not re.fullmatch(r"\w[\w \-]{0,299}", field["name"]):
         raise BigQueryError(f'Invalid field name "{field["name"]}".', "invalid")
+    if field.get("defaultValueExpression"):
+        raise unimplemented("The default value of a column")
     new = {**field, "type": type_, "mode": (field.get("mode") or "NULLABLE").upper()}
     return {**new, "fields": [canonical(child) for child in field["fields"]]} if type_ == "RECORD" else new
 
@@ -116,7 +119,9 @@ def field_of(name: str, type_) -> dict:
     if type_.id == "list":
         element = field_of(name, type_.children[0][1])
         if element["mode"] == "REPEATED":
-            raise BigQueryError("Cannot construct array with element type ARRAY because nested arrays are not supported")
+            raise BigQueryError(
+                "Cannot construct array with element type ARRAY because nested arrays are not supported"
+            )
         return {**element, "mode": "REPEATED"}
     if type_.id == "struct":
         children = [field_of(*child) for child in type_.children]
@@ -183,4 +188,4 @@ def size(value: str, field: dict) -> str:
         return " + ".join(size(f"({value}).{quoted(child['name'])}", child) for child in field["fields"])
     if field["type"] in ("STRING", "JSON", "BYTES"):
         return f"coalesce(2 + {'octet_length' if field['type'] == 'BYTES' else 'strlen'}({value}), 0)"
-    return f"CASE WHEN {value} IS NULL THEN 0 ELSE { {'BOOLEAN': 1, 'NUMERIC': 16}.get(field['type'], 8)} END"
+    return f"CASE WHEN {value} IS NULL THEN 0 ELSE { {'BOOLEAN': 1, 'NUMERIC': 16}.get(field['type'], 8) } END"

@@ -23,9 +23,7 @@ from sqlglot.tokens import TokenType
 
 from helpers.local.bigquery_schemas import BigQueryError, Name, unimplemented
 
-
 # What DuckDB lacks
-
 
 MACROS = {
     # DuckDB's own error() may not stand inside TRY, which SAFE. needs; a cast that cannot succeed may.
@@ -41,7 +39,8 @@ MACROS = {
     # Halves are rounded away from zero, and a text with a fraction is no integer.
     "bq_int64(x)": "CASE WHEN typeof(x) = 'VARCHAR' AND NOT bq_is_whole(x) THEN bq_fail('Bad int64 value: ' || x) "
     "WHEN typeof(x) IN ('DOUBLE', 'FLOAT') THEN CAST(round(CAST(x AS DOUBLE)) AS BIGINT) ELSE CAST(x AS BIGINT) END",
-    "bq_byte_length(x)": "CASE WHEN typeof(x) = 'BLOB' THEN octet_length(CAST(x AS BLOB)) ELSE strlen(CAST(x AS VARCHAR)) END",
+    "bq_byte_length(x)": "CASE WHEN typeof(x) = 'BLOB' THEN octet_length(CAST(x AS BLOB)) "
+    "ELSE strlen(CAST(x AS VARCHAR)) END",
     "bq_range_bucket(x, bounds)": "len(list_filter(bounds, lambda bound: bound <= x))",
     "ieee_divide(a, b)": "CAST(a AS DOUBLE) / CAST(b AS DOUBLE)",
     "nullifzero(x)": "nullif(x, 0)",
@@ -52,9 +51,8 @@ MACROS = {
     "array_is_distinct(list)": "len(list) = len(list_distinct(list))",
 }
 
+# Functions that sqlglot does not know and DuckDB has.
 _CALLABLE = {name.partition("(")[0] for name in MACROS if not name.startswith("bq_")} | {"error"}
-
-_NO_FINGERPRINT = "split by TO_HEX(MD5(...)), which is the same in Python and in SQL"
 
 
 # Parsing
@@ -63,7 +61,7 @@ _NO_FINGERPRINT = "split by TO_HEX(MD5(...)), which is the same in Python and in
 class MLFunction(exp.Expression):
     """ML.NAME(MODEL model, input, settings) in a FROM clause; `this` is the name in capitals, without ML."""
 
-    arg_types = {"this": True, "model": True, "input": False, "settings": False}  # noqa: RUF012
+    arg_types = {"this": True, "model": True, "input": False, "settings": False}
 
 
 class _Parser(BigQueryParser):
@@ -154,10 +152,11 @@ def _unclosed(text: str) -> str:
 
 # Kinds of statements
 
-_STATEMENTS = (
-    "SELECT WITH FROM ( INSERT UPDATE DELETE MERGE TRUNCATE CREATE DROP ALTER DECLARE SET EXPORT LOAD BEGIN COMMIT "
-    "ROLLBACK IF WHILE LOOP FOR CALL EXECUTE GRANT REVOKE ASSERT"
-).split()
+_STATEMENTS = {
+    *("SELECT", "WITH", "FROM", "(", "INSERT", "UPDATE", "DELETE", "MERGE", "TRUNCATE", "CREATE", "DROP", "ALTER"),
+    *("EXPORT", "LOAD", "DECLARE", "SET", "BEGIN", "COMMIT", "ROLLBACK", "IF", "CASE", "WHILE", "LOOP", "REPEAT"),
+    *("FOR", "CALL", "EXECUTE", "GRANT", "REVOKE", "ASSERT", "RAISE"),
+}
 _CREATE = {"TABLE": "CREATE_TABLE", "VIEW": "CREATE_VIEW", "SCHEMA": "CREATE_SCHEMA", "MODEL": "CREATE_MODEL"}
 
 
@@ -283,7 +282,7 @@ def _extract(self, e: exp.Extract) -> str:
     return f"EXTRACT({'WEEK' if part == 'ISOWEEK' else part} FROM {value})"
 
 
-_WEEKDAYS = "MONDAY SUNDAY SATURDAY FRIDAY THURSDAY WEDNESDAY TUESDAY".split()
+_WEEKDAYS = ["MONDAY", "SUNDAY", "SATURDAY", "FRIDAY", "THURSDAY", "WEDNESDAY", "TUESDAY"]
 
 
 def _start(value: str, unit: exp.Expression, type_: str) -> str:
@@ -379,7 +378,7 @@ _inherited = DuckDBGenerator.TRANSFORMS
 
 
 class _Generator(DuckDBGenerator):
-    TRANSFORMS = {  # noqa: RUF012
+    TRANSFORMS = {
         **_inherited,
         exp.Literal: _literal,
         exp.Cast: _cast,
@@ -418,7 +417,7 @@ class _Generator(DuckDBGenerator):
             "DATESUB", exp.Literal.string(e.text("unit")), e.expression, e.this
         ),
         exp.CurrentDatetime: lambda self, e: "CURRENT_LOCALTIMESTAMP()",
-        exp.FarmFingerprint: _refuse("FARM_FINGERPRINT", _NO_FINGERPRINT),
+        exp.FarmFingerprint: _refuse("FARM_FINGERPRINT", "split by TO_HEX(MD5(...)), which Python has too"),
         exp.GroupConcat: lambda self, e: _string_agg(self, e),
     }
 
@@ -439,23 +438,31 @@ class _Target(DuckDB):
 class Script:
     """The statements of one query, with all that their names may mean."""
 
-    def __init__(self, text: str, project: str, dataset: str | None = None, parameters: list[dict] = ()):
-        """Parse a query. `dataset` is where names without one are looked up; `parameters` are BigQuery's JSON."""
-        self.text, self.project, self.dataset = text, project, dataset
-        self.statements = parse(text)
+    def __init__(
+        self, text: str, project: str, default: tuple[str, str | None] = ("", None), parameters: list[dict] = ()
+    ):
+        """Parse a query.
+
+        `default` is the project and the dataset of names that have neither; `parameters` are BigQuery's JSON.
+        """
+        is_positional = any("name" not in parameter for parameter in parameters)
+        self.text, self.project, self.default = _number(text) if is_positional else text, project, default
+        self.statements = parse(self.text)
         self.temporary: set[str] = set()  # tables and functions that live as long as the script
         self.variables: dict[str, exp.Expression] = {}
         self.parameters = {
-            parameter.get("name", str(i)).lower(): literal(parameter["parameterType"], parameter["parameterValue"])
+            parameter.get("name", f"_{i}").lower(): literal(parameter["parameterType"], parameter["parameterValue"])
             for i, parameter in enumerate(parameters)
         }
-        self._positions = iter(range(len(self.parameters)))
 
     def name(self, table: exp.Table) -> Name:
         """Return the full name of a table or model of the script."""
-        if not (dataset := table.db or self.dataset):
+        if table.db:
+            return Name(table.catalog or self.project, table.db, table.name)
+        project, dataset = self.default
+        if not dataset:
             raise BigQueryError(f'Table "{table.name}" must be qualified with a dataset (e.g. dataset.table).')
-        return Name(table.catalog or self.project, dataset, table.name)
+        return Name(project, dataset, table.name)
 
     def is_local(self, table: exp.Table) -> bool:
         """Say whether a table is a common table expression or lives as long as the script."""
@@ -478,7 +485,8 @@ class Script:
                 self._place(table, place)
         self._check(tree)
         try:
-            return tree.sql(_Target, unsupported_level=ErrorLevel.RAISE, comments=False)
+            # Quoted, since DuckDB reserves words that GoogleSQL does not.
+            return tree.sql(_Target, identify=True, unsupported_level=ErrorLevel.RAISE, comments=False)
         except UnsupportedError as error:
             raise unimplemented(str(error).strip()) from None
 
@@ -517,11 +525,11 @@ class Script:
         for node in list(tree.find_all(exp.Parameter, exp.Placeholder, exp.SessionParameter)):
             if isinstance(node, exp.SessionParameter):
                 raise unimplemented(f"The system variable {node.sql('bigquery')}")
-            key = node.name.lower() if isinstance(node, exp.Parameter) else str(next(self._positions, "missing"))
-            if key not in self.parameters:
-                known = "not found" if isinstance(node, exp.Parameter) else "number exceeds the number of parameters"
-                raise BigQueryError(f"Query parameter '{node.name}' {known}{self.at(node.this)}")
-            node.replace(self.parameters[key].copy())
+            if node.name.startswith(("_", "?")) and node.name not in self.parameters:
+                raise BigQueryError(f"Query has more positional parameters than the {len(self.parameters)} given")
+            if node.name.lower() not in self.parameters:
+                raise BigQueryError(f"Query parameter '{node.name}' not found{self.at(node.this)}")
+            node.replace(self.parameters[node.name.lower()].copy())
         for column in list(tree.find_all(exp.Column)) if self.variables else ():
             if not column.table and column.name.lower() in self.variables:
                 column.replace(self.variables[column.name.lower()].copy())
@@ -553,6 +561,14 @@ class Script:
                 nodes = (node for node in tree.find_all(exp.Identifier) if node.name.lower() == (name or "").lower())
                 return BigQueryError(words.format(**match.groupdict("")) + self.at(next(nodes, None)))
         return BigQueryError(text.partition("\n\nLINE")[0].partition("Error: ")[2] or text)
+
+
+def _number(text: str) -> str:
+    # Give the parameters that are question marks names: the order of the tree is not that of the text.
+    marks = [token for token in _GoogleSQL().tokenize(text) if token.token_type == TokenType.PLACEHOLDER]
+    for i, mark in reversed(list(enumerate(marks))):
+        text = f"{text[: mark.start]}@_{i}{text[mark.end + 1 :]}"
+    return text
 
 
 def _functions() -> list[str]:

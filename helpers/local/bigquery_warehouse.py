@@ -332,9 +332,7 @@ class Warehouse:
 
 
 def _definition(field: dict) -> str:
-    default = f" DEFAULT {field['defaultValueExpression']}" if field.get("defaultValueExpression") else ""
-    required = " NOT NULL" if field["mode"] == "REQUIRED" else ""
-    return f"{quoted(field['name'])} {duckdb_type(field)}{default}{required}"
+    return f"{quoted(field['name'])} {duckdb_type(field)}" + (" NOT NULL" if field["mode"] == "REQUIRED" else "")
 
 
 def _check_same(name: Name, table: list[dict], new: list[dict]) -> None:

@@ -194,6 +194,11 @@ class Buckets:
         with self.lock:
             return self._db.execute(statement, values).fetchall()
 
+    def _tidy(self, statement: str, *values) -> None:
+        """Remove rows that describe nothing any more; they may stay if a full disk has no room for the change."""
+        with contextlib.suppress(sqlite3.OperationalError):
+            self._sql(statement, *values)
+
     # Buckets
 
     def folder(self, bucket: str) -> Path:
@@ -414,8 +419,8 @@ class Buckets:
             for other, _ in list(self._files(bucket, name)):
                 if other != path:
                     other.unlink()
-            old = "DELETE FROM objects WHERE bucket = ? AND name = ? AND modified != ?"
-            self._sql(old, bucket, name, made.modified)
+            others = "DELETE FROM objects WHERE bucket = ? AND name = ? AND modified != ?"
+            self._tidy(others, bucket, name, made.modified)
             return made
 
     def change(self, bucket: str, name: str, check: Check, resource_of: Callable[[dict], dict]) -> Object:
@@ -435,7 +440,7 @@ class Buckets:
             for path, _ in list(self._files(bucket, name)):
                 path.unlink()
             for table in ("objects", "aside"):
-                self._sql(f"DELETE FROM {table} WHERE bucket = ? AND name = ?", bucket, name)
+                self._tidy(f"DELETE FROM {table} WHERE bucket = ? AND name = ?", bucket, name)
             self._prune(bucket, name)
 
     # Lists
@@ -446,20 +451,19 @@ class Buckets:
         """Yield the names of the files in and below a folder in order, from `start` on; links are not followed."""
         try:
             with os.scandir(folder) as entries:
-                found = sorted((e.name + "/" * e.is_dir(follow_symlinks=False), e.path, e) for e in entries)
+                found = sorted((prefix + e.name + "/" * e.is_dir(follow_symlinks=False), e) for e in entries)
         except OSError:
             return
-        for part, path, entry in found:
-            name = prefix + part
+        for name, entry in found:
             if passed and prefix.startswith(passed[-1]):
                 return
-            if fault_in(name):
+            is_folder = name.endswith("/")
+            if (name < start and not (is_folder and start.startswith(name))) or fault_in(name):
                 continue
-            if not name.endswith("/"):
-                if name >= start and entry.is_file(follow_symlinks=False):
-                    yield name, entry
-            elif name >= start or start.startswith(name):
-                yield from self._walk(path, name, start, passed)
+            if is_folder:
+                yield from self._walk(entry.path, name, start, passed)
+            elif entry.is_file(follow_symlinks=False):
+                yield name, entry
 
     def _walk_aside(self, bucket: str, start: str) -> Iterator[tuple[str, Path]]:
         ordered = "SELECT name, is_mark FROM aside WHERE bucket = ? AND name >= ? ORDER BY name"

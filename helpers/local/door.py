@@ -136,6 +136,9 @@ def pump(source: socket.socket, target: socket.socket) -> None:
     view = memoryview(buffer)
     with contextlib.suppress(OSError):
         while count := source.recv_into(buffer):
+            if hasattr(socket, "TCP_QUICKACK"):
+                # A client that leaves Nagle's algorithm on waits for this before it sends the rest of a request.
+                source.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             target.sendall(view[:count])
     for end, how in ((target, socket.SHUT_WR), (source, socket.SHUT_RD)):
         with contextlib.suppress(OSError):

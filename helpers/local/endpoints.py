@@ -27,6 +27,7 @@ MutateDeployedModelResponse = types.MutateDeployedModelResponse.pb()
 PredictResponse = types.PredictResponse.pb()
 
 SHARED_LIMIT, DEDICATED_LIMIT = 1_572_864, 10_485_760  # bytes of a request
+SHARED_SECONDS, DEDICATED_SECONDS = 60, 3600  # within which an answer has to come
 CODES = {  # of a model server's answer that is not 200
     400: StatusCode.INVALID_ARGUMENT,
     401: StatusCode.UNAUTHENTICATED,
@@ -296,7 +297,8 @@ class PredictionService(Service):
         starting = self.cloud.services["EndpointService"].started.get(deployed.id)
         if starting:
             starting.result()
-        status, answered, content = self.cloud.serving.call(deployed.id, body, headers)
+        seconds = DEDICATED_SECONDS if dedicated else SHARED_SECONDS
+        status, answered, content = self.cloud.serving.call(deployed.id, body, headers, seconds=seconds)
         return deployed, status, answered, content
 
 

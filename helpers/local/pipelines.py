@@ -1,4 +1,4 @@
-"""PipelineService: training pipelines, which run a custom job and then register the model that it saved."""
+"""PipelineService: training pipelines, which run a custom job or AutoML and then register the model that it saved."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from google.protobuf import json_format
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
-from helpers.local import errors, runner
+from helpers.local import automl, errors, runner
 from helpers.local.background import Background, JobFailed
 from helpers.local.service import Service, location_of
 from helpers.local.store import new_id
@@ -17,7 +17,7 @@ CUSTOM_TASK = "/custom_task_1.0.0.yaml"
 
 
 class PipelineService(Service):
-    """Training pipelines with a custom task: what the SDK's Custom*TrainingJob classes make."""
+    """Training pipelines: what the SDK's Custom*TrainingJob classes and AutoMLTabularTrainingJob make."""
 
     name = "PipelineService"
     resources = {"TrainingPipeline": "trainingPipelines"}
@@ -44,21 +44,25 @@ class PipelineService(Service):
         """Start a training pipeline."""
         pipeline = request.training_pipeline
         definition = pipeline.training_task_definition
-        if not definition.endswith(CUSTOM_TASK):
-            raise errors.unimplemented(f"The training task {definition.rsplit('/', 1)[-1]}")
-        spec = CustomJobSpec()
-        inputs = json_format.MessageToDict(pipeline.training_task_inputs)
-        try:
-            json_format.ParseDict(inputs, spec)
-        except json_format.ParseError as error:
-            raise errors.invalid(f"training_task_inputs is not a CustomJobSpec: {error}") from None
-        runner.check(self.cloud, request.parent.split("/")[3], spec)
-        if pipeline.HasField("model_to_upload"):
-            self.cloud.services["ModelService"].check_upload(pipeline.model_to_upload)
         if pipeline.input_data_config.dataset_id:
             self.store.get(f"{location_of(request.parent)}/datasets/{pipeline.input_data_config.dataset_id}")
-        # Google's service gives the inputs back in camelCase, whatever the client wrote, and the SDK reads those.
-        json_format.ParseDict(json_format.MessageToDict(spec), pipeline.training_task_inputs)
+        if definition.endswith(automl.DEFINITION):
+            settings = automl.read_inputs(pipeline.training_task_inputs)
+            spec = automl.job_spec(settings, new_id())
+            pipeline.model_to_upload.container_spec.CopyFrom(automl.serving_container())
+        elif definition.endswith(CUSTOM_TASK):
+            spec = CustomJobSpec()
+            try:
+                json_format.ParseDict(json_format.MessageToDict(pipeline.training_task_inputs), spec)
+            except json_format.ParseError as error:
+                raise errors.invalid(f"training_task_inputs is not a CustomJobSpec: {error}") from None
+            runner.check(self.cloud, request.parent.split("/")[3], spec)
+            # Google's service gives the inputs back in camelCase, whatever the client wrote, and the SDK reads those.
+            json_format.ParseDict(json_format.MessageToDict(spec), pipeline.training_task_inputs)
+        else:
+            raise errors.unimplemented(f"The training task {definition.rsplit('/', 1)[-1]}")
+        if pipeline.HasField("model_to_upload"):
+            self.cloud.services["ModelService"].check_upload(pipeline.model_to_upload)
         created = self.create("TrainingPipeline", request)
         self.background.start(created, lambda control: self._run(created.name, spec, control))
         return self.store.get(created.name)
@@ -95,6 +99,11 @@ class PipelineService(Service):
             raise JobFailed(refusal.message, refusal.code.value[0]) from None
         with self.store.change(name) as changed:
             changed.model_to_upload.CopyFrom(registered)
+        if pipeline.training_task_definition.endswith(automl.DEFINITION):
+            evaluation = automl.evaluation(self.cloud.path_of(model.artifact_uri), pipeline.training_task_inputs)
+            evaluation.name = f"{registered.name}/evaluations/{new_id()}"
+            self.stamp(evaluation, created=True)
+            self.store.put(evaluation.name, evaluation)
 
     def get(self, kind: str, request: Message) -> Message:
         """Return a pipeline, waiting a little for a client that polls."""

@@ -191,8 +191,8 @@ def _make_environment(task: Task) -> None:
 
 
 def course_packages() -> list[str]:
-    """Return the folders with the packages of the course's environment."""
-    return site.getsitepackages() + ([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])
+    """Return the folders with the packages of the course's environment, in Python's order."""
+    return ([site.getusersitepackages()] if site.ENABLE_USER_SITE else []) + site.getsitepackages()
 
 
 def _environment(task: Task) -> dict[str, str]:

@@ -1,0 +1,27 @@
+"""Things that show themselves as named facts: as lines in a terminal, as a table in a notebook."""
+
+import html
+
+
+class Facts:
+    """Give a class the two ways to show itself; the class gives `_facts`, pairs of a name and a text.
+
+    A dataclass needs `repr=False` for it, or it makes one of its own.
+    """
+
+    def _facts(self) -> list[tuple[str, str]]:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        """Return a line for each fact, their texts below each other."""
+        facts = self._facts()
+        width = max(len(name) for name, _ in facts)
+        return "\n".join(f"{name:{width}} {text}" for name, text in facts)
+
+    def _repr_html_(self) -> str:
+        left = 'style="text-align:left"'
+        rows = "".join(
+            f"<tr><th {left}>{html.escape(name)}</th><td {left}>{html.escape(text)}</td></tr>"
+            for name, text in self._facts()
+        )
+        return f"<table>{rows}</table>"

@@ -1,0 +1,54 @@
+"""The code that a training job runs: `task`, the training task, and `loop`, its training loop.
+
+`package` makes of them what `CustomPythonPackageTrainingJob` takes. A custom container needs no package: its image has
+the course's environment, and its command is `python -m helpers.trainer.task`.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+MODULE = "helpers.trainer.task"  # what a job runs of the package: its python_module_name
+FILES = (
+    "__init__.py",
+    "data.py",
+    "regression.py",
+    "datasets/__init__.py",
+    "datasets/sources.json",
+    "datasets/penguins.csv",
+    "datasets/diamonds.parquet",
+    "trainer/__init__.py",
+    "trainer/loop.py",
+    "trainer/task.py",
+)
+SETUP = """\
+from setuptools import setup
+
+setup(
+    name="course_trainer",
+    version="0.1",
+    python_requires=">=3.10",  # of the prebuilt training images
+    install_requires=["cloudml-hypertune", "pandas>=2", "pyarrow"],  # an image brings TensorFlow and Keras
+    packages=["helpers", "helpers.datasets", "helpers.trainer"],
+    package_data={"helpers.datasets": ["*"]},
+)
+"""
+
+
+def package(folder: str | Path) -> Path:
+    """Write the Python package of the training task into a folder, and return its .tar.gz.
+
+    The task runs on Python 3.10 with TensorFlow 2.17, as Google's newest prebuilt image has them.
+    """
+    root = Path(__file__).parents[1]
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in FILES:
+            copy = Path(scratch) / "helpers" / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name, copy)
+        (Path(scratch) / "setup.py").write_text(SETUP, encoding="utf-8")
+        words = ["sdist", "--formats=gztar", "--dist-dir", str(Path(folder).resolve())]
+        subprocess.run([sys.executable, "setup.py", "--quiet", *words], cwd=scratch, check=True, capture_output=True)
+    return Path(folder) / "course_trainer-0.1.tar.gz"
