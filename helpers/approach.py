@@ -23,6 +23,10 @@ DATA = ("BigQuery", "Cloud Storage", "files")
 NEEDS = ("loss", "architecture", "hardware", "export")
 SERVING = ("batch", "online", "device")
 FEW_ROWS = 1000
+# What the course measures on its own data (RMSE on test rows).
+DIAMONDS = "diamonds' prices come within 543 USD with boosted trees and with AutoML, within 566 with a plain network"
+PENGUINS = "268 penguins are weighed within 291 g by least squares, within 315 to 323 by a network"
+ENDPOINT = "an endpoint is billed by the hour from its deployment on, with or without requests"
 
 
 @dataclass(frozen=True)
@@ -40,19 +44,44 @@ class Situation:
     features: int | None
 
     @property
+    def has_something(self) -> list[str]:
+        """Return the options that have anything for the task."""
+        return tables.read("approaches")["tasks"][self.task]
+
+    @property
     def is_table(self) -> bool:
         """Say whether the examples are rows of a table."""
-        return "BigQuery ML" in tables.read("approaches")["tasks"][self.task]
+        return "BigQuery ML" in self.has_something
+
+    @property
+    def is_bespoke(self) -> bool:
+        """Say whether training itself has to be of one's own."""
+        return bool({"loss", "architecture", "hardware"} & set(self.needs))
+
+    @property
+    def leaves(self) -> bool:
+        """Say whether the model has to run outside Google Cloud."""
+        return "export" in self.needs or self.serving == "device"
 
     @property
     def control(self) -> str:
-        """Return which needs only custom training meets in full, in words; empty if there is none."""
+        """Return what only custom training gives in full, in words; empty if nothing of it is needed."""
         words = [f"{_article(need)} of your own" for need in self.needs]
         return ", ".join(words + ["a model on a device"] * (self.serving == "device"))
 
 
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 def _rows(situation: Situation) -> dict:
+    """Return AutoML's limits for a task that it has something for, empty for any other."""
     return tables.read("approaches")["automl_rows"].get(situation.task, {})
+
+
+def _advised_rows(situation: Situation) -> int:
+    """Return the rows that Google recommends for AutoML, 0 if that is not known."""
+    return _rows(situation).get("for_each_feature", 0) * (situation.features or 0)
 
 
 def _least_price(situation: Situation) -> float:
@@ -61,11 +90,12 @@ def _least_price(situation: Situation) -> float:
     return price["usd"] * price["least_node_hours"]
 
 
-def _gone(task: str) -> str:
-    """Return what AutoML once had for a task, in words; empty if it never had or still has it."""
+def _retired(option: str, task: str) -> str:
+    """Return when what an option had for a task ended or will end, in words; empty if nothing of it does."""
     for entry in tables.read("approaches")["retired"]:
-        if entry.get("task") == task:
-            return f"{entry['product']} ended on {entry['ends']}"
+        if (entry.get("option"), entry.get("task")) == (option, task):
+            is_over = date.today() >= tables.day(entry["ends"])
+            return f"{entry['product']} {'ended' if is_over else 'ends'} on {entry['ends']}"
     return ""
 
 
@@ -84,81 +114,59 @@ API, SQL, AUTOML, CUSTOM = OPTIONS
 OBSTACLES = (
     Obstacle(API, FATAL, lambda s: not s.api_answers, lambda s: "no ready-made model answers this question"),
     Obstacle(API, FATAL, lambda s: bool(s.control), lambda s: f"you need {s.control}, and it has none"),
+    Obstacle(API, HARDER, lambda s: bool(_retired(API, s.task)), lambda s: _retired(API, s.task)),
+    Obstacle(SQL, FATAL, lambda s: s.is_bespoke, lambda s: f"you need {s.control}, and it has its own"),
     Obstacle(
-        SQL,
-        FATAL,
-        lambda s: bool({"loss", "architecture", "hardware"} & set(s.needs)),
-        lambda s: f"you need {s.control}, and its options are fixed",
-    ),
-    Obstacle(
-        SQL,
-        HARDER,
-        lambda s: "export" in s.needs or s.serving == "device",
-        lambda s: "it exports a SavedModel or an XGBoost booster, and nothing else",
+        SQL, HARDER, lambda s: s.leaves, lambda s: "it exports a SavedModel or an XGBoost booster, and nothing else"
     ),
     Obstacle(SQL, HARDER, lambda s: s.data != "BigQuery", lambda s: "the data have to be loaded into BigQuery first"),
     Obstacle(SQL, HARDER, lambda s: s.expertise == "none", lambda s: "somebody has to write some lines of SQL"),
-    Obstacle(
-        SQL,
-        HARDER,
-        lambda s: s.serving == "online",
-        lambda s: "BigQuery answers queries, not requests: the model has to be deployed to an endpoint besides",
-    ),
+    Obstacle(AUTOML, FATAL, lambda s: s.is_bespoke, lambda s: f"you need {s.control}, and it chooses by itself"),
+    Obstacle(AUTOML, HARDER, lambda s: s.leaves, lambda s: "the form of an export is Google's choice"),
     Obstacle(
         AUTOML,
         FATAL,
-        lambda s: bool({"loss", "architecture", "hardware"} & set(s.needs)),
-        lambda s: f"you need {s.control}, and it chooses by itself",
-    ),
-    Obstacle(
-        AUTOML,
-        HARDER,
-        lambda s: "export" in s.needs or s.serving == "device",
-        lambda s: "the form of an export is Google's choice",
-    ),
-    Obstacle(
-        AUTOML,
-        FATAL,
-        lambda s: s.rows < _rows(s).get("least", 0),
+        lambda s: s.rows < _rows(s)["least"],
         lambda s: f"it takes {_rows(s)['least']:,} examples or more, and there are {s.rows:,}",
     ),
     Obstacle(
         AUTOML,
         FATAL,
-        lambda s: s.rows > _rows(s).get("most", math.inf),
+        lambda s: s.rows > _rows(s)["most"],
         lambda s: f"it takes {_rows(s)['most']:,} examples at most, and there are {s.rows:,}",
     ),
     Obstacle(
         AUTOML,
         HARDER,
-        lambda s: s.rows < _rows(s).get("for_each_feature", 0) * (s.features or 0),
-        lambda s: f"Google recommends {_rows(s)['for_each_feature']:,} rows for each feature: "
-        f"{_rows(s)['for_each_feature'] * s.features:,}",
+        lambda s: s.rows < _advised_rows(s),
+        lambda s: f"Google recommends {_advised_rows(s):,} rows for {s.features} features, and there are {s.rows:,}",
     ),
     Obstacle(
         AUTOML,
         FATAL,
-        lambda s: s.budget is not None and bool(_rows(s)) and s.budget < _least_price(s),
-        lambda s: f"its smallest training costs about ${_least_price(s):.2f}, more than ${s.budget:,.2f}",
+        lambda s: s.budget is not None and s.budget < _least_price(s),
+        lambda s: f"its smallest training costs ${_least_price(s):.2f}, and the budget is ${s.budget:,.2f}",
+    ),
+    *(
+        Obstacle(
+            option, HARDER, lambda s: s.api_answers and not s.control, lambda s: "a ready-made model answers already"
+        )
+        for option in (AUTOML, CUSTOM)
     ),
     Obstacle(CUSTOM, HARDER, lambda s: s.expertise != "Python", lambda s: "somebody has to write Python"),
     Obstacle(
-        CUSTOM,
-        HARDER,
-        lambda s: not s.control and len(tables.read("approaches")["tasks"][s.task]) > 1,
-        lambda s: "nothing here needs its control"
-        + (
-            ", which is what it gives: on diamonds' prices SQL and AutoML came within 543 USD, a plain network 566"
-            if s.is_table
-            else ""
-        ),
+        CUSTOM, HARDER, lambda s: s.is_table and not s.control, lambda s: f"nothing here needs its control: {DIAMONDS}"
     ),
     Obstacle(
         CUSTOM,
         HARDER,
-        lambda s: s.rows < FEW_ROWS,
-        lambda s: "there are few examples for a network"
-        + (": on 268 penguins a line of SQL came within 291 g, a network 315 to 323" if s.is_table else ""),
+        lambda s: not s.is_table and not s.control and AUTOML in s.has_something,
+        lambda s: "nothing here needs its control",
+    ),
+    Obstacle(CUSTOM, HARDER, lambda s: s.is_table and s.rows < FEW_ROWS, lambda s: f"there are few rows: {PENGUINS}"),
+    *(
+        Obstacle(option, HARDER, lambda s: s.serving == "online", lambda s: ENDPOINT)
+        for option in (SQL, AUTOML, CUSTOM)
     ),
 )
 WHY = {
@@ -171,9 +179,8 @@ WHY = {
 
 def _against(option: str, situation: Situation) -> tuple[bool, list[str]]:
     """Return whether an option is impossible, and what stands against it."""
-    if option not in tables.read("approaches")["tasks"][situation.task]:
-        gone = _gone(situation.task) if option == AUTOML else ""
-        return True, [gone or f"it has nothing for {situation.task}"]
+    if option not in situation.has_something:
+        return True, [_retired(option, situation.task) or f"it has nothing for {situation.task}"]
     found = [obstacle for obstacle in OBSTACLES if obstacle.option == option and obstacle.applies(situation)]
     return any(obstacle.is_fatal for obstacle in found), [obstacle.words(situation) for obstacle in found]
 
@@ -210,7 +217,7 @@ class Recommendation:
         others = [option for option in OPTIONS if option != self.option]
         return [
             ("why", [*self.reasons, *(f"in spite of this: {words}" for words in self.against[self.option])]),
-            *[(f"not {option}", list(self.against[option]) or ["possible too; it takes more work"]) for option in others],
+            *((f"not {option}", self.against[option] or ["possible too, with more work"]) for option in others),
             ("what would change it", [f"{change.words}: {change.option}" for change in self.changes]),
         ]
 
@@ -252,6 +259,8 @@ def choose(
     ValueError for what is none of these.
     """
     tables.known("task", task, tables.read("approaches")["tasks"])
+    if rows is None:
+        raise ValueError("rows is None; expected a number, 1 or more")
     tables.known("expertise", expertise, EXPERTISE)
     tables.known("place of data", data, DATA)
     tables.known("serving", serving, SERVING)
@@ -261,7 +270,8 @@ def choose(
     for need in needs:
         tables.known("need", need, NEEDS)
     for name, value, least in (("rows", rows, 1), ("budget", budget, 0), ("features", features, 1)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < least):
+        kinds = (int, float) if name == "budget" else int
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not value >= least):
             raise ValueError(f"{name} is {value!r}; expected a number, {least} or more")
     if not isinstance(api_answers, bool):
         raise ValueError(f"api_answers is {api_answers!r}; expected True or False")
@@ -297,7 +307,7 @@ def _alternatives(situation: Situation) -> dict[str, list]:
     rows = {FEW_ROWS, FEW_ROWS - 1}
     if limits:
         rows |= {limits["least"], limits["least"] - 1, limits["most"], limits["most"] + 1}
-        rows.add(limits.get("for_each_feature", 0) * (situation.features or 0))
+        rows.add(_advised_rows(situation))
     budgets = [None] if situation.budget is not None else []
     if limits:
         cents = math.ceil(_least_price(situation) * 100)
@@ -326,10 +336,6 @@ def _difference(field: str, situation: Situation, other: Situation) -> str:
     if field == "api_answers":
         return "a ready-made model that answers the question" if new else "no ready-made model that answers it"
     return f"{field} {new!r} instead of {getattr(situation, field)!r}"
-
-
-def _article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def retired(on: date | None = None):

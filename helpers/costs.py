@@ -11,7 +11,7 @@ Prices are list prices of one region, each seen on the day that the table names.
 """
 
 import atexit
-import os
+import contextlib
 import subprocess
 import sys
 import time
@@ -241,9 +241,10 @@ class Remaining:
         for name in self.tensorboards:
             lines.append(f"TensorBoard: ${monthly['TensorBoard']['usd']} a GB and month of what it holds; {name}")
         if self.objects:
-            price = f"${self.bytes / GB * monthly['Cloud Storage']['usd']:.2g} a month"
+            price = self.bytes / GB * monthly["Cloud Storage"]["usd"]
+            words = f"${price:,.2f} a month" if price >= 0.01 else "less than a cent a month"
             more = " or more" if self.objects == MOST_OBJECTS else ""
-            lines.append(f"{self.bucket}: {self.objects:,} objects{more}, {self.bytes / GB:.3g} GB, {price}")
+            lines.append(f"{self.bucket}: {self.objects:,} objects{more}, {self.bytes / 2**20:,.1f} MB, {words}")
         looked = f"endpoints, jobs, tuning jobs, batch jobs, training pipelines, TensorBoards{', ' * bool(self.bucket)}"
         if not lines:
             lines = [f"Nothing that is billed is left in {self.project}, {self.region}: {looked}{self.bucket}."]
@@ -326,22 +327,24 @@ def delete(name: str) -> str:
 
 
 def _delete_resource(name: str, service: str, kind: str, region: str) -> None:
+    from google.api_core.exceptions import BadRequest
+
     with _client(service, region) as client:
-        if cancel := getattr(client, f"cancel_{kind}", None):
-            get = getattr(client, f"get_{kind}")
-            deadline = time.monotonic() + PATIENCE
-            if is_active := _is_active(get(name=name)):
-                cancel(name=name)
-            while is_active:
+        delete = getattr(client, f"delete_{kind}")
+        if not hasattr(client, f"cancel_{kind}"):
+            delete(name=name).result()
+            return
+        with contextlib.suppress(BadRequest):  # it has ended
+            getattr(client, f"cancel_{kind}")(name=name)
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                delete(name=name).result()
+                return
+            except BadRequest:  # it has not ended
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"it has not ended {PATIENCE} s after it was cancelled")
+                    raise
                 time.sleep(1)
-                is_active = _is_active(get(name=name))
-        getattr(client, f"delete_{kind}")(name=name).result()
-
-
-def _is_active(job) -> bool:
-    return job.state.name.endswith((*ACTIVE, "QUEUED", "PAUSED"))
 
 
 def _delete_objects(bucket: str, path: str) -> None:
@@ -421,6 +424,8 @@ class Cleanup:
         Register what costs money as soon as it is there: an endpoint before a model is deployed to it.
         """
         try:
+            if hasattr(resource, "wait_for_resource_creation"):  # a job that was started with sync=False
+                resource.wait_for_resource_creation()
             name = resource if isinstance(resource, str) else resource.resource_name
         except (AttributeError, RuntimeError) as error:
             raise ValueError(f"{resource!r} has no resource name (yet): {error}; {EXPECTED}") from None
@@ -486,8 +491,9 @@ def _guard() -> None:
         else:
             names.pop(name, None)
     if names:
-        print(f"The process that made these has ended; its clean-up, by process {os.getpid()}:", file=sys.stderr)
-        print(delete_all(names), file=sys.stderr, flush=True)
+        report = delete_all(names)
+        with contextlib.suppress(OSError):  # the reader may have gone with the notebook
+            print(f"Left by a process that has ended:\n{report}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The whole way from a training script to a clean project, by what Google's public documentation says and nothing else.
 
-One line decides about the cloud: `environment.connect()` is the local one, `environment.connect(project="...")` Google's.
+`environment.connect()` is the local cloud; `environment.connect(project="...")`, one changed line, is Google's.
 It prints a line after each step, with the seconds since the start.
 """
 

@@ -10,12 +10,13 @@ from google.cloud import aiplatform, bigquery, storage
 from google.cloud.aiplatform_v1 import types
 
 from helpers.local import PROJECT, PROJECT_NUMBER, errors
+from helpers.local.bigquery_schemas import Name
 from helpers.local.store import new_id
-from helpers.local.warehouse import Name
 
 InputDataConfig, Dataset = types.InputDataConfig.pb(), types.Dataset.pb()
 LOCATION = f"projects/{PROJECT_NUMBER}/locations/us-central1"
 HEADER = ["id", "species", "set", "seen"]
+IMAGE = "us-docker.pkg.dev/vertex-ai/training/tf-cpu.2-17.py310:latest"
 SETS = ("training", "validation", "test")
 
 
@@ -96,6 +97,26 @@ def test_labelled_data_is_refused_with_advice(cloud):
 
 # The sets of a training job
 
+COUNTING = """
+import glob, os
+counts = []
+for name in ("TRAINING", "VALIDATION", "TEST"):
+    files = glob.glob(os.environ[f"AIP_{name}_DATA_URI"].replace("gs://", "/gcs/"))
+    counts.append(sum(file.read().count("of two lines") for file in map(open, files)))
+folder = os.environ["AIP_MODEL_DIR"].replace("gs://", "/gcs/")
+os.makedirs(folder)
+with open(folder + "counts", "w") as out:
+    print(os.environ["AIP_DATA_FORMAT"], *counts, file=out)
+"""
+
+
+def test_training_job_finds_its_sets(cloud, source):
+    dataset = aiplatform.TabularDataset.create("counted", gcs_source=source)
+    job = aiplatform.CustomContainerTrainingJob("count", IMAGE, command=["python3", "-c", COUNTING])
+    job.run(dataset, base_output_dir=f"{cloud.bucket}/counted", machine_type="n1-standard-4")
+    bucket = storage.Client().bucket(cloud.bucket.removeprefix("gs://"))
+    assert bucket.blob("counted/model/counts").download_as_text().split() == ["csv", "80", "10", "10"]
+
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
@@ -103,7 +124,7 @@ def service(tmp_path_factory):
     from helpers.local.server import Cloud
 
     cloud = Cloud(tmp_path_factory.mktemp("cloud"), None)
-    (cloud.buckets / "data").mkdir()
+    cloud.objects.create("data", "US-CENTRAL1", {})
     yield cloud.services["DatasetService"]
     cloud.close()
 
@@ -127,37 +148,34 @@ def make(service):
     return make
 
 
-def split(service, dataset_id, base="gs://data/out", **config):
-    """Split a dataset; return the ids in each set, and the files' names."""
+def split(service, dataset_id, **config):
+    """Split a dataset; return the ids in each set, and the number of rows in each file of it."""
     config = InputDataConfig(dataset_id=dataset_id, **config)
-    environment = service.environment_for(config, LOCATION, base)
+    environment = service.environment_for(config, LOCATION, "gs://data/out")
     assert environment.pop("AIP_DATA_FORMAT") == "csv"
-    ids, names = [], []
+    base = config.gcs_destination.output_uri_prefix or "gs://data/out"
+    ids, sizes = [], []
     for name, (variable, uri) in zip(SETS, environment.items(), strict=True):
         assert variable == f"AIP_{name.upper()}_DATA_URI"
         assert uri.startswith(f"{base}/dataset-{dataset_id}-tables-20") and uri.endswith(f"/{name}-*.csv")
         folder = service.cloud.path_of(uri.rpartition("/")[0])
-        files = sorted(folder.glob(f"{name}-*.csv"))
-        names.append([file.name for file in files])
-        found = []
-        for file in files:
+        files = {}
+        for file in sorted(folder.glob(f"{name}-*.csv")):
             header, *rows = csv.reader(io.StringIO(file.read_bytes().decode()))
             assert header == HEADER
-            found += [int(row[0]) for row in rows]
-        ids.append(found)
-    return ids, names
+            files[file.name] = [int(row[0]) for row in rows]
+        ids.append(list(itertools.chain(*files.values())))
+        sizes.append({name: len(rows) for name, rows in files.items()})
+    return ids, sizes
 
 
 def test_split_is_80_10_10_by_default_and_always_the_same(service, make):
     dataset = make(a=table(0, 60), b=table(60, 40))
-    ids, names = split(service, dataset)
-    assert [len(found) for found in ids] == [80, 10, 10]
+    ids, sizes = split(service, dataset)
+    assert sizes == [{f"{name}-00000-of-00001.csv": count} for name, count in zip(SETS, (80, 10, 10), strict=True)]
     assert sorted(itertools.chain(*ids)) == list(range(100))
     assert ids[0] != list(range(80))
-    assert names == [[f"{name}-00000-of-00001.csv"] for name in SETS]
-    assert (
-        split(service, dataset, gcs_destination={"output_uri_prefix": "gs://data/out"}, base="gs://data/out")[0] == ids
-    )
+    assert split(service, dataset, gcs_destination={"output_uri_prefix": "gs://data/elsewhere"}) == (ids, sizes)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +207,8 @@ def test_split_by_time_trains_on_the_past(service, make):
 
 def test_large_sets_are_several_files(service, make, monkeypatch):
     monkeypatch.setattr("helpers.local.datasets.ROWS", 30)
-    ids, names = split(service, make(a=table(0, 100)))
-    assert names[0] == [f"training-{number:05}-of-00003.csv" for number in range(3)]
+    ids, sizes = split(service, make(a=table(0, 100)))
+    assert sizes[0] == {f"training-{n:05}-of-00003.csv": rows for n, rows in enumerate((30, 30, 20))}
     assert sorted(itertools.chain(*ids)) == list(range(100))
 
 
@@ -294,6 +312,7 @@ def test_wrong_split_of_a_table_is_refused_and_leaves_nothing(service, birds, co
         ({"stratified_split": {"key": "species"}}, "stratified_split is not part of the local cloud"),
         ({"bigquery_destination": {"output_uri": "bq://local-project"}}, "BigQuery"),
         ({"gcs_destination": {"output_uri_prefix": "gs://data/../../etc"}}, "out of its bucket"),
+        ({"gcs_destination": {"output_uri_prefix": "gs://missing/out"}}, "bucket of 'gs://missing/out' does not exist"),
     ],
 )
 def test_wrong_split_is_refused_in_words(service, make, config, words):

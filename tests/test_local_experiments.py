@@ -159,6 +159,19 @@ def test_update_makes_what_is_missing_only_if_asked(cloud, metadata):
         metadata.update_context(context=context)
     request = {"context": context, "allow_missing": True}
     assert metadata.update_context(request=request).schema_title == "system.Experiment"
+    for wrong in ("artifacts/another", "contexts/With_Capitals", ""):
+        with pytest.raises((exceptions.NotFound, exceptions.InvalidArgument)):
+            metadata.update_context(request={**request, "context": {"name": f"{store_of(cloud)}/{wrong}"}})
+    with pytest.raises(exceptions.NotFound):
+        metadata.update_context(request={**request, "context": {"name": ""}})
+
+
+def test_names_that_vertex_ai_refuses_are_refused(cloud, tensorboard):
+    for name in ("Climb", "climb_1", "-climb", "../climb", "a" * 129):
+        with pytest.raises(exceptions.InvalidArgument, match=r"must match the regular expression '\[a-z0-9\]"):
+            aiplatform.Experiment.create(name)
+        with pytest.raises(exceptions.InvalidArgument, match="tensorboard_experiment_id; Message: Valid characters"):
+            aiplatform.TensorboardExperiment.create(f"{name}/..", tensorboard.resource_name)
 
 
 def test_contexts_form_a_tree_without_cycles(cloud, metadata):
@@ -358,7 +371,7 @@ def test_log_directory_is_uploaded_with_pictures_and_graph(cloud, tensorboard, t
     assert blobs[-1].data.startswith(b"\x89PNG")
     table = aiplatform.get_experiment_df("uploaded-log")
     assert list(table["state"]) == ["COMPLETE"]
-    for wrong in ("../" * 8 + "etc/passwd", "..", "", "missing"):
+    for wrong in ("../" * 30 + "etc/passwd", "..", "", "missing"):
         with pytest.raises(exceptions.NotFound):
             list(run.api_client.read_tensorboard_blob_data(request={"time_series": series, "blob_ids": [wrong]}))
 

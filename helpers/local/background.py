@@ -69,8 +69,11 @@ class Background:
         self._read[job.name] = time.monotonic()
 
     def _run(self, name: str, work: Callable[[Control], None], control: Control) -> None:
-        self._begin(name)
-        outcome, failure = _outcome(lambda: work(control), name)
+        def begin_and_work():
+            self._begin(name)
+            work(control)
+
+        outcome, failure = _outcome(begin_and_work, name)
         if self._closing:
             return  # the next server reports it, as it does after a server that was killed
         if control.cancelled.is_set():

@@ -1,6 +1,6 @@
 """The local BigQuery's REST API, v2, for the unmodified google-cloud-bigquery client and the %%bigquery magic.
 
-    Starlette(routes=bigquery.routes(folder, buckets, "local-project"))
+    Starlette(routes=bigquery.routes(bigquery.Api(folder, buckets, "local-project")))
 
 GoogleSQL runs on DuckDB: `bigquery_sql` translates, `bigquery_statements` executes, `bigquery_warehouse` keeps the
 tables, `bigquery_files` loads and extracts, `bqml` trains. The first request imports them and opens the data.
@@ -8,7 +8,6 @@ tables, `bigquery_files` loads and extracts, `bqml` trains. The first request im
 
 import asyncio
 import concurrent.futures
-import contextlib
 import functools
 import json
 import logging
@@ -29,7 +28,7 @@ from helpers.local.bigquery_warehouse import PUBLIC, RESULTS, Warehouse, now
 log = logging.getLogger("helpers.local")
 
 _QUICK_SECONDS = 0.2  # a job that ends so soon is told as done in the answer to its creation
-_WAIT_SECONDS = 10  # how long a request for results waits for them unless it says otherwise
+_WAIT_MILLISECONDS = 10_000  # how long a request for results waits for them unless it says otherwise
 _CELLS_PER_PAGE = 1_000_000  # about 25 MB
 _STATUS = {403: "PERMISSION_DENIED", 404: "NOT_FOUND", 409: "ALREADY_EXISTS", 501: "UNIMPLEMENTED"}
 # Settings of a query that are read, or that change nothing here; and those of a jobs.query request that are not its.
@@ -45,9 +44,8 @@ _REQUEST_SETTINGS = {
 _DESCRIPTIVE = ("description", "friendlyName", "labels")
 
 
-def routes(folder: Path, buckets: Path, project: str) -> list[Route]:
-    """Return the routes of a BigQuery whose data is in `folder`; gs://BUCKET/OBJECT is `buckets`/BUCKET/OBJECT."""
-    api = Api(folder, buckets, project)
+def routes(api: "Api") -> list[Route]:
+    """Return the routes of the REST API."""
     base = "/bigquery/v2/projects/{project}"
     datasets, jobs = f"{base}/datasets", f"{base}/jobs"
     dataset = f"{datasets}/{{dataset}}"
@@ -171,11 +169,12 @@ class Api:
     """The methods of the REST API, each with the request and its JSON as arguments."""
 
     def __init__(self, folder: Path, buckets: Path, project: str):
-        """Keep where the data is; it is opened with the first request."""
+        """Keep the data in `folder`, opened with the first request; gs://BUCKET/OBJECT is `buckets`/BUCKET/OBJECT."""
         self.folder, self.buckets, self.project = folder, buckets, project
         self.jobs: dict[str, Job] = {}  # that run
         self._lock = threading.RLock()
         self._uploads: dict[str, dict] = {}  # the jobs of resumable uploads that have begun
+        self._is_closed = False
 
     @property
     def warehouse(self) -> Warehouse:
@@ -194,6 +193,16 @@ class Api:
                     resource["status"] = {"state": "DONE", "errorResult": lost, "errors": [lost]}
                     warehouse.put(cursor, "job", self.project, id_, resource)
         return warehouse
+
+    def is_busy(self) -> bool:
+        """Say whether a job runs."""
+        return bool(self.jobs)
+
+    def close(self) -> None:
+        """End what runs, as the process is about to; the next to open the data says that it was lost."""
+        self._is_closed = True
+        for job in list(self.jobs.values()):
+            job.cancel()
 
     def refuse(self, request: Request, body: dict) -> None:
         """Answer any method that is not here."""
@@ -507,10 +516,9 @@ class Api:
             file.unlink(missing_ok=True)
         statistics = {**job.resource["statistics"], **statistics, "endTime": now()}
         job.resource = {**job.resource, "statistics": statistics, "status": status}
-        with contextlib.closing(self.warehouse.cursor()) as cursor:
-            self.warehouse.put(cursor, "job", self.project, job.id, job.resource)
+        if not (self._is_closed and "errorResult" in status):
+            self.warehouse.put(self.warehouse.cursor(), "job", self.project, job.id, job.resource)
         self.jobs.pop(job.id)
-        job.cursor.close()
         job.done.set_result(None)
 
     # Queries
@@ -544,8 +552,7 @@ class Api:
         """Return the job that a query would be, without running it."""
         if "query" not in configuration:
             raise unimplemented("A dry run of anything but a query")
-        with contextlib.closing(self.warehouse.cursor()) as cursor:
-            statistics = self.prepare(configuration, cursor, "dry_run").run()
+        statistics = self.prepare(configuration, self.warehouse.cursor(), "dry_run").run()
         processed = {"totalBytesProcessed": statistics["totalBytesProcessed"]}
         return {
             "kind": "bigquery#job",
@@ -567,7 +574,7 @@ class Api:
             return {"kind": "bigquery#queryResponse", "jobReference": job["jobReference"], "jobComplete": True, **told}
         reference = {"location": body.get("location")}
         job = await run_in_threadpool(self.start, {"configuration": configuration, "jobReference": reference})
-        await job.wait(int(body.get("timeoutMs") or 1000 * _WAIT_SECONDS) / 1000)
+        await job.wait(int(body.get("timeoutMs", _WAIT_MILLISECONDS)) / 1000)
         parameters = {f"formatOptions.{key}": value for key, value in body.get("formatOptions", {}).items()}
         parameters["maxResults"] = body.get("maxResults")
         return await run_in_threadpool(self.results, job.resource, parameters, "bigquery#queryResponse")
@@ -576,7 +583,7 @@ class Api:
         """jobs.getQueryResults: wait for a query, and answer with a page of its rows."""
         parameters = request.query_params
         if job := self.jobs.get(request.path_params["job"]):
-            await job.wait(int(parameters.get("timeoutMs") or 1000 * _WAIT_SECONDS) / 1000)
+            await job.wait(int(parameters.get("timeoutMs", _WAIT_MILLISECONDS)) / 1000)
         resource = await run_in_threadpool(self.find_job, request)
         return await run_in_threadpool(self.results, resource, parameters, "bigquery#getQueryResultsResponse")
 
@@ -593,8 +600,7 @@ class Api:
         destination = job["configuration"]["query"].get("destinationTable")
         if "schema" not in answer or not destination:
             return answer
-        with contextlib.closing(self.warehouse.cursor()) as cursor:
-            return self.rows(cursor, Name.of(destination), answer["schema"]["fields"], parameters, answer)
+        return self.rows(self.warehouse.cursor(), Name.of(destination), answer["schema"]["fields"], parameters, answer)
 
     # Files
 

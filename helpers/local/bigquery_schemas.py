@@ -123,8 +123,8 @@ def field_of(name: str, type_) -> dict:
                 "Cannot construct array with element type ARRAY because nested arrays are not supported"
             )
         return {**element, "mode": "REPEATED"}
-    if type_.id == "struct":
-        children = [field_of(*child) for child in type_.children]
+    if type_.id in ("struct", "tuple"):
+        children = [field_of(child or f"_field_{i}", kind) for i, (child, kind) in enumerate(type_.children, 1)]
         return {"name": name, "type": "RECORD", "mode": "NULLABLE", "fields": children}
     known = "JSON" if str(type_) == "JSON" else _BIGQUERY.get(type_.id)
     if known is None:

@@ -197,6 +197,8 @@ _KINDS = {
 
 # Generating
 
+_inherited = DuckDBGenerator.TRANSFORMS
+
 
 def _call(name: str, *keys: str) -> Callable:
     return lambda self, e: self.func(name, *(e.args[key] for key in keys or ("this", "expression")))
@@ -374,7 +376,22 @@ def _bracket(self, e: exp.Bracket) -> str:
     return f"bq_at({self.sql(e, 'this')}, {self.sql(index)}{'' if first else ' + 1'})"
 
 
-_inherited = DuckDBGenerator.TRANSFORMS
+def _byte_string(self, e: exp.ByteString) -> str:
+    # The tokenizer has read the escapes: what is below 256 is meant as a byte.
+    value = e.name.encode("latin-1" if max(map(ord, e.name), default=0) < 256 else "utf-8")
+    return f"UNHEX('{value.hex()}')"
+
+
+def _struct(self, e: exp.Struct) -> str:
+    # Without names, a struct becomes by position what a column wants.
+    is_named = any(isinstance(field, exp.PropertyEQ | exp.Column) for field in e.expressions)
+    return _inherited[exp.Struct](self, e) if is_named else self.func("ROW", *e.expressions)
+
+
+def _string_agg(self, e: exp.GroupConcat) -> str:
+    if e.find(exp.Limit):
+        raise unimplemented("LIMIT in STRING_AGG", "use ARRAY_TO_STRING(ARRAY_AGG(... LIMIT n), ',')")
+    return _inherited[exp.GroupConcat](self, e)
 
 
 class _Generator(DuckDBGenerator):
@@ -390,6 +407,8 @@ class _Generator(DuckDBGenerator):
         exp.ArrayAgg: _array_agg,
         exp.IgnoreNulls: _ignore_nulls,
         exp.Bracket: _bracket,
+        exp.ByteString: _byte_string,
+        exp.Struct: _struct,
         exp.Div: _call("bq_divide"),
         exp.Mod: _call("bq_mod"),
         exp.IntDiv: _call("bq_div"),
@@ -418,14 +437,8 @@ class _Generator(DuckDBGenerator):
         ),
         exp.CurrentDatetime: lambda self, e: "CURRENT_LOCALTIMESTAMP()",
         exp.FarmFingerprint: _refuse("FARM_FINGERPRINT", "split by TO_HEX(MD5(...)), which Python has too"),
-        exp.GroupConcat: lambda self, e: _string_agg(self, e),
+        exp.GroupConcat: _string_agg,
     }
-
-
-def _string_agg(self, e: exp.GroupConcat) -> str:
-    if e.find(exp.Limit):
-        raise unimplemented("LIMIT in STRING_AGG", "use ARRAY_TO_STRING(ARRAY_AGG(... LIMIT n), ',')")
-    return _inherited[exp.GroupConcat](self, e)
 
 
 class _Target(DuckDB):
@@ -535,12 +548,14 @@ class Script:
                 column.replace(self.variables[column.name.lower()].copy())
 
     def _check(self, tree: exp.Expression) -> None:
+        if tree.find(exp.Lateral):
+            raise BigQueryError("Syntax error: Unexpected keyword LATERAL")
         for function in tree.find_all(exp.Anonymous):
             name = function.name.lower()
             if isinstance(function.parent, exp.Dot):
                 raise BigQueryError(f"Function not found: {function.parent.sql('bigquery').split('(')[0]}")
             if name not in _CALLABLE and name not in self.temporary:
-                near = get_close_matches(name, [*_CALLABLE, *_functions()], n=1)
+                near = get_close_matches(name, [*_CALLABLE, *_functions()], n=1, cutoff=0.8)
                 hint = f"; Did you mean {near[0]}?" if near else ""
                 raise BigQueryError(f"Function not found: {function.name}{hint}{self.at(function)}")
         for type_ in (exp.Update, exp.Delete):
@@ -576,14 +591,18 @@ def _functions() -> list[str]:
 
 
 def _visible(node: exp.Expression) -> list[exp.CTE]:
-    # The common table expressions that a node may name: those of its scopes that do not contain or follow it.
+    # The common table expressions that a node may name: those of its scopes that do not follow it, and one that
+    # contains it if that is recursive.
     found, inside = [], [node]
     while node := node.parent:
         inside.append(node)
-        for cte in node.args["with_"].expressions if node.args.get("with_") else ():
-            if any(cte is outer for outer in inside):
+        scope = node.args.get("with_")
+        for cte in scope.expressions if scope else ():
+            is_around = any(cte is outer for outer in inside)
+            if not is_around or scope.recursive:
+                found.append(cte)
+            if is_around:
                 break
-            found.append(cte)
     return found
 
 

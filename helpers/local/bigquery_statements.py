@@ -332,10 +332,15 @@ class Query:
     def create_schema(self, tree: exp.Create) -> dict:
         """Create a dataset."""
         body = {key: value for key, value in self.options(tree).items() if key in ("description", "location")}
+        self.check_dataset(tree.this)
         if not self.is_dry:
             with self.warehouse.transaction(self.cursor) as cursor:
                 self.warehouse.create_dataset(cursor, tree.this.db, body, bool(tree.args.get("exists")))
         return {"ddlOperationPerformed": "CREATE"}
+
+    def check_dataset(self, dataset: exp.Table) -> None:
+        """Raise BigQueryError for a dataset of another project."""
+        self.warehouse.check_writable(Name(dataset.catalog or self.warehouse.project, dataset.db, "*"))
 
     def create_function(self, tree: exp.Create) -> dict:
         """Create a function of SQL that lives as long as the script."""
@@ -378,6 +383,7 @@ class Query:
         if self.is_dry:
             return {}
         if tree.kind == "SCHEMA":
+            self.check_dataset(table)
             with self.warehouse.transaction(self.cursor) as cursor:
                 self.warehouse.drop_dataset(cursor, table.db, bool(tree.args.get("cascade")), missing_ok)
         elif self.script.is_local(table):

@@ -280,7 +280,8 @@ def _split(options: dict, rows: pa.Table) -> np.ndarray | None:
             raise BigQueryError("DATA_SPLIT_COL must be of type BOOL with DATA_SPLIT_METHOD = 'CUSTOM'.")
         return column.fill_null(False).to_numpy()
     if method == "SEQ":  # the largest values are to evaluate with
-        order = pc.sort_indices(rows[options["data_split_col"]], null_placement="at_start").to_numpy()
+        column = rows[options["data_split_col"]]
+        order = np.roll(pc.sort_indices(column).to_numpy(), column.null_count)  # where NULL comes last
     else:
         order = np.random.default_rng(0).permutation(n)  # the same in each run, as in BigQuery
     is_eval = np.zeros(n, bool)
@@ -359,6 +360,7 @@ def _fit_trees(plan: Plan, features: Features, parts: list, classes: int, progre
         "eta": options.get("learn_rate", 1.0),
         "tree_method": options["tree_method"].lower(),
         "seed": 0,
+        "nthread": 1 if len(parts[0][1]) < 10_000 else 0,  # threads that wait for each other cost more than they bring
         **{"max_depth": options["max_tree_depth"], "min_child_weight": options["min_tree_child_weight"]},
         **{"gamma": options["min_split_loss"], "alpha": options["l1_reg"], "lambda": options["l2_reg"]},
         **{key: options[key] for key in _TREES if key.startswith(("colsample", "subsample", "num_parallel"))},

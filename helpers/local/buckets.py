@@ -150,9 +150,8 @@ def fault_in(name: str) -> str | None:
     except UnicodeEncodeError:
         return "Object names must be valid UTF-8."
     if length > 1024:
-        return (
-            f"The maximum object length is 1024 characters, but got a name with {length} characters: '{name[:75]}...'"
-        )
+        start = f"'{name[:75]}...'"
+        return f"The maximum object length is 1024 characters, but got a name with {length} characters: {start}"
     if "\n" in name or "\r" in name:
         return f"Disallowed unicode characters present in object name {name!r}"
     if name in ("", ".", "..") or name.startswith(".well-known/acme-challenge/"):
@@ -162,9 +161,8 @@ def fault_in(name: str) -> str | None:
 
 def is_bucket_name(name: str) -> bool:
     """Say whether a bucket can have this name."""
-    return bool(re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", name)) and all(
-        1 <= len(part) <= 63 for part in name.split(".")
-    )
+    parts = name.split(".")
+    return bool(re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", name)) and all(0 < len(part) < 64 for part in parts)
 
 
 class Buckets:
@@ -216,14 +214,8 @@ class Buckets:
     def bucket(self, bucket: str) -> dict:
         """Return what is known of a bucket: `resource` holds the fields of the JSON API that clients set."""
         created = self.folder(bucket).stat().st_mtime_ns // 1000
-        known = {
-            "location": "US",
-            "resource": {},
-            "policy": {},
-            "metageneration": 1,
-            "created": created,
-            "updated": created,
-        }
+        known = {"location": "US", "resource": {}, "policy": {}, "metageneration": 1}
+        known |= {"created": created, "updated": created}
         rows = self._sql("SELECT known FROM buckets WHERE name = ?", bucket)
         return known | json.loads(rows[0][0]) if rows else known
 
@@ -238,9 +230,8 @@ class Buckets:
                 raise StorageError(409, "conflict", message)
             self._forget(bucket)
             now = time.time_ns() // 1000
-            self.change_bucket(
-                bucket, {"location": location, "resource": resource, "created": now, "metageneration": 0}
-            )
+            known = {"location": location, "resource": resource, "metageneration": 0, "created": now}
+            self.change_bucket(bucket, known)
             (self.root / bucket).mkdir()
 
     def change_bucket(self, bucket: str, known: dict) -> None:
@@ -333,9 +324,8 @@ class Buckets:
         """Remove the folders on the way to a name that are empty now and that no object marks."""
         parts = name.split("/")[:-1]
         while parts and (folder := self._plain(bucket, "/".join(parts))):
-            if self._sql(
-                "SELECT 1 FROM aside WHERE bucket = ? AND name = ? AND is_mark", bucket, "/".join([*parts, ""])
-            ):
+            mark = "/".join([*parts, ""])
+            if self._sql("SELECT 1 FROM aside WHERE bucket = ? AND name = ? AND is_mark", bucket, mark):
                 return
             try:
                 folder.rmdir()
@@ -384,17 +374,19 @@ class Buckets:
         """Return an object with its CRC32C, read from its file if a job wrote it; such an object has no MD5."""
         if found.crc32c:
             return found
-        now, file = self.open(found.bucket, found.name)
+        read, file = self.open(found.bucket, found.name)
         checksum = google_crc32c.Checksum()
         with file:
             while data := file.read(BLOCK):
                 checksum.update(data)
-            if now != found or os.fstat(file.fileno()).st_mtime_ns != found.modified:
+        with self.lock:
+            now = self.find(found.bucket, found.name)
+            if now is None or not now.modified == read.modified == found.modified:
                 return found
-        found = replace(found, crc32c=_base64(checksum))
-        if time.time_ns() - found.modified > CLOCK_NANOSECONDS:
-            self._save(found)
-        return found
+            now = replace(now, crc32c=_base64(checksum))
+            if time.time_ns() - now.modified > CLOCK_NANOSECONDS:
+                self._save(now)
+            return now
 
     def draft(self, upload: str | None = None) -> Draft:
         """Return the draft of an upload, or a new one."""
@@ -445,9 +437,7 @@ class Buckets:
 
     # Lists
 
-    def _walk(
-        self, folder: str | Path, prefix: str, start: str, passed: list[str]
-    ) -> Iterator[tuple[str, os.DirEntry]]:
+    def _walk(self, folder: str | Path, prefix: str, start: str, passed: list[str] | None) -> Iterator:
         """Yield the names of the files in and below a folder in order, from `start` on; links are not followed."""
         try:
             with os.scandir(folder) as entries:

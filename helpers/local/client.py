@@ -23,6 +23,7 @@ CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE", "GRPC_D
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "HTTPS_PROXY")
 NOT_PROXIED = "127.0.0.1,localhost,::1"
 MARK = "LOCAL_CLOUD"  # the folder of the local cloud that a process is led to
+STARTED: list[subprocess.Popen] = []  # kept, since a process must wait for its children in the end
 
 
 class CloudError(RuntimeError):
@@ -39,7 +40,7 @@ def is_running(place: Path) -> bool:
     """Say whether a server has the folder."""
     try:
         lock = (place / "server.lock").open("r+")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     with lock:
         try:
@@ -76,7 +77,7 @@ def start(place: Path) -> subprocess.Popen | None:
     before = original()
     proxy = next((before[name] for name in ("https_proxy", "HTTPS_PROXY") if before.get(name)), "")
     with output:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "helpers.local.server", str(place), *([proxy] if proxy else [])],
             cwd=Path(__file__).parents[2],
             env=before,
@@ -85,6 +86,8 @@ def start(place: Path) -> subprocess.Popen | None:
             stderr=output,
             start_new_session=True,  # it outlives the notebook that started it
         )
+    STARTED.append(process)
+    return process
 
 
 def wait(place: Path, process: subprocess.Popen | None) -> dict:
@@ -93,6 +96,8 @@ def wait(place: Path, process: subprocess.Popen | None) -> dict:
     while time.monotonic() < deadline:
         if found := address(place):
             return found
+        if process is None and not is_running(place):
+            process = start(place)  # the server that was there has just ended
         if process and process.poll() not in (None, 75):  # 75: another start was faster
             log = place / "server.log"
             raise CloudError(f"The local cloud could not start. The last lines of {log}:\n{last_lines(place)}")
@@ -162,6 +167,8 @@ def stop(place: Path) -> bool:
         if time.monotonic() > deadline:
             os.kill(found["pid"], signal.SIGKILL)
         time.sleep(0.05)
+    for process in STARTED:
+        process.poll()
     return True
 
 

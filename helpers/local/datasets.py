@@ -12,10 +12,10 @@ from pathlib import Path
 from google.cloud.aiplatform_v1 import types
 from google.protobuf.message import Message
 
-from helpers.local import PROJECT, PROJECT_NUMBER, errors
+from helpers.local import PROJECT, PROJECT_NUMBER, checks, errors
 from helpers.local.batch import matching
+from helpers.local.bigquery_schemas import BigQueryError, Name
 from helpers.local.service import Service, location_of
-from helpers.local.warehouse import BigQueryError, Name
 
 SETS = ("training", "validation", "test")
 DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
@@ -38,6 +38,7 @@ class DatasetService(Service):
         config = request.export_config
         dataset = self.store.get(request.name)
         files = self._files(dataset)
+        self._check_bucket(config.gcs_destination.output_uri_prefix, request.name)
         display_name = re.sub(r"[^\w.-]+", "-", dataset.display_name)
         folder = f"{config.gcs_destination.output_uri_prefix.rstrip('/')}/export-data-{display_name}-{_now()}"
 
@@ -69,11 +70,8 @@ class DatasetService(Service):
                 raise errors.invalid(f"bigquery_destination is {destination!r}; expected a project: bq://{PROJECT}.")
             made = self._split_table(table, config, name)
             uris = [f"bq://{PROJECT}.{made}.{part}" for part in SETS]
-        elif not base:
-            raise errors.precondition(
-                "A job with a dataset needs base_output_dir, a gs:// folder to write the sets to."
-            )
         else:
+            self._check_bucket(base, location)
             folder = f"{base.rstrip('/')}/{name}"
             uris = [f"{folder}/{part}-*.csv" for part in SETS]
             if table:
@@ -86,6 +84,10 @@ class DatasetService(Service):
                 self._write(folder, rows, split(rows, config), SETS)
         variables = {f"AIP_{part.upper()}_DATA_URI": uri for part, uri in zip(SETS, uris, strict=True)}
         return {"AIP_DATA_FORMAT": "bigquery" if uris[0].startswith("bq://") else "csv", **variables}
+
+    def _check_bucket(self, uri: str, name: str) -> None:
+        """Refuse to write to a bucket that is not there, or not in the location of a resource."""
+        checks.bucket(uri, name.split("/")[3], self.cloud.bucket_location)
 
     # CSV files in Cloud Storage
 
@@ -142,7 +144,7 @@ class DatasetService(Service):
     def _query(self, sql: str) -> None:
         api = self.cloud.bigquery
         try:
-            api.prepare({"query": {"query": sql}}, api.warehouse.cursor(), "split", lambda: False).run()
+            api.prepare({"query": {"query": sql}}, api.warehouse.cursor(), "split").run()
         except BigQueryError as error:
             raise errors.precondition(str(error)) from None
 

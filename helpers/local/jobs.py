@@ -35,6 +35,7 @@ class JobService(Service):
         """Report what a killed server left running."""
         for collection in self.resources.values():
             self.background.interrupt(collection)
+        tuning.interrupt(self.store)
 
     def is_busy(self) -> bool:
         """Say whether a job runs."""
@@ -53,7 +54,7 @@ class JobService(Service):
         """Start a tuning job."""
         job = request.hyperparameter_tuning_job
         tuning.check(job)
-        runner.check(self.cloud, request.parent.split("/")[3], job.trial_job_spec)
+        runner.check(self.cloud, request.parent.split("/")[3], job.trial_job_spec, "trial_job_spec")
         return self._begin("HyperparameterTuningJob", request, tuning.run)
 
     def create_batch_prediction_job(self, request: Message) -> Message:
@@ -73,10 +74,12 @@ class JobService(Service):
 
     def get(self, kind: str, request: Message) -> Message:
         """Return a job, waiting a little for a client that polls."""
+        self.check_name(kind, request.name)
         return self.background.read(request.name)
 
     def delete(self, kind: str, request: Message) -> Empty:
         """Delete a job that has ended."""
+        self.check_name(kind, request.name)
         return self.background.delete(request.name)
 
     def cancel_custom_job(self, request: Message) -> Empty:

@@ -4,6 +4,7 @@ Which of them belongs to which context, and which events join two of them, are r
 """
 
 import functools
+import re
 import time
 from collections.abc import Iterable
 
@@ -22,6 +23,7 @@ SCHEMA = (
     "CREATE TABLE IF NOT EXISTS events (artifact TEXT, execution TEXT, event BLOB, UNIQUE (execution, artifact))",
     "CREATE INDEX IF NOT EXISTS events_of_artifact ON events (artifact)",
 )
+ID = "[a-z0-9][a-z0-9-]{0,127}"
 OUTPUT_ONLY = ("name", "etag", "create_time", "update_time", "parent_contexts")
 MOST_PARENTS = 10
 SAMPLE = 100  # names that a purge without force shows
@@ -51,6 +53,7 @@ class MetadataService(Service):
 
     def create(self, kind: str, request: Message) -> Message:
         """Make a resource in a metadata store that is there; its parents are given by AddContextChildren alone."""
+        _check_id(getattr(request, f"{snake(kind)}_id"))
         if kind != "MetadataStore":
             self.store.get(request.parent)
         if kind == "Context":
@@ -93,12 +96,14 @@ class MetadataService(Service):
         paths = paths or [field.name for field, _ in source.ListFields()]
         paths = [path for path in paths if snake(path) not in OUTPUT_ONLY]
         with self.store.transaction():
+            *store, collection, wanted = ["", *source.name.split("/")]
             resource = self.store.find(source.name)
-            if is_new := resource is None and request.allow_missing:
-                resource = type(source)(name=source.name)
-                self.store.get(source.name.rsplit("/", 2)[0])
-            elif resource is None:
+            if collection != self.resources[kind] or not (resource or request.allow_missing):
                 raise errors.not_found(source.name)
+            if is_new := resource is None:
+                self.store.get("/".join(store[1:]))
+                _check_id(wanted)
+                resource = type(source)(name=source.name)
             elif source.etag and source.etag != resource.etag:
                 raise errors.Refused(
                     StatusCode.ABORTED,
@@ -137,9 +142,7 @@ class MetadataService(Service):
     def _purge(self, collection: str, response: type[Message], request: Message) -> Message:
         """Delete what a filter names, or without force only say what that would be."""
         if not request.filter:
-            raise errors.invalid(
-                f'A purge needs a filter, such as update_time < "2020-11-19T11:30:00Z" ({collection}).'
-            )
+            raise errors.invalid(f'To purge {collection}, give a filter: update_time < "2020-11-19T11:30:00Z".')
         with self.store.transaction():
             names = [resource.name for resource in self._select(request.parent, collection, request.filter)]
             if request.force:
@@ -256,3 +259,9 @@ class MetadataService(Service):
             executions=[resource for resource in resources if "/executions/" in resource.name],
             events=[event for event in events if event.artifact in kept],
         )
+
+
+def _check_id(wanted: str) -> None:
+    """Refuse an id, as the last part of a name, that Vertex AI would refuse; none is always allowed."""
+    if wanted and not re.fullmatch(ID, wanted):
+        raise errors.invalid(f"User-specified resource ID must match the regular expression '{ID}'; it is {wanted!r}.")

@@ -30,6 +30,11 @@ class ModelService(Service):
     name = "ModelService"
     resources = {"Model": "models", "ModelEvaluation": "evaluations"}
 
+    def list_model_evaluations(self, request: Message) -> Message:
+        """Return the evaluations of a model."""
+        found = self.store.list(request.parent.partition("@")[0], "evaluations")
+        return page(found, request, types.ListModelEvaluationsResponse.pb())
+
     def restore(self) -> None:
         """Forget a model whose first version was never finished."""
         with self.store.transaction():

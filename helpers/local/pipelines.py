@@ -107,10 +107,12 @@ class PipelineService(Service):
 
     def get(self, kind: str, request: Message) -> Message:
         """Return a pipeline, waiting a little for a client that polls."""
+        self.check_name(kind, request.name)
         return self.background.read(request.name)
 
     def delete(self, kind: str, request: Message) -> Empty:
         """Delete a pipeline that has ended."""
+        self.check_name(kind, request.name)
         return self.background.delete(request.name)
 
     def cancel_training_pipeline(self, request: Message) -> Empty:

@@ -140,7 +140,9 @@ class Rpc:
     def answer(self, method: Method, request: Message) -> Message | Iterator:
         """Answer one call; whatever goes wrong in it is a Refused."""
         try:
-            return self._answer(method, request)
+            result = self._answer(method, request)
+            # A stream is read whole here, where what goes wrong in it becomes an answer; none is long.
+            return list(result) if method.streams else result
         except Refused:
             raise
         except Exception as error:
@@ -206,9 +208,13 @@ class Rpc:
         except Refused as refusal:
             return refusal_as_rest(refusal)
         if method.response.DESCRIPTOR.full_name == "google.api.HttpBody":
-            result = [result] if isinstance(result, Message) else list(result)
-            return 200, result[0].content_type, b"".join(part.data for part in result)
-        return 200, "application/json; charset=UTF-8", json_format.MessageToJson(result).encode()
+            parts = result if method.streams else [result]
+            return 200, parts[0].content_type, b"".join(part.data for part in parts)
+        if method.streams:
+            text = f"[{','.join(map(json_format.MessageToJson, result))}]"
+        else:
+            text = json_format.MessageToJson(result)
+        return 200, "application/json; charset=UTF-8", text.encode()
 
     def _read_rest(self, verb: str, path: str, query: str, body: bytes) -> tuple[Method, Message]:
         for route_verb, pattern, fields, body_field, method in self._routes:

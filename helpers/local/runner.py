@@ -92,7 +92,7 @@ class Run:
         deadline = time.monotonic() + timeout
         while not control.cancelled.is_set():
             try:
-                replica, status = ends.get(timeout=max(0, deadline - time.monotonic()))
+                replica, process, status = ends.get(timeout=max(0, deadline - time.monotonic()))
             except queue.Empty:
                 raise JobFailed(
                     f"The job did not end within its timeout of {timeout} s (scheduling.timeout).",
@@ -100,6 +100,8 @@ class Run:
                 ) from None
             if control.cancelled.is_set():
                 return
+            if process is not replica.process:
+                continue  # it was stopped to be started again
             if status == 0:
                 if replica.pool == 0:
                     return
@@ -137,7 +139,7 @@ class Run:
             raise JobFailed(f"The replica {replica.name} could not be started: {error}") from None
         if control.cancelled.is_set():
             stop(replica)
-        threading.Thread(target=lambda: ends.put((replica, process.wait())), daemon=True).start()
+        threading.Thread(target=lambda: ends.put((replica, process, process.wait())), daemon=True).start()
 
     def _local(self, uri: str) -> Path:
         name = uri.removeprefix("gs://")
@@ -224,8 +226,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def check(cloud, location: str, spec: Message) -> None:
+def check(cloud, location: str, spec: Message, where: str = "job_spec") -> None:
     """Refuse a specification that Vertex AI would refuse before it runs."""
-    checks.worker_pools(spec)
+    checks.worker_pools(spec, f"{where}.worker_pool_specs")
     if spec.base_output_directory.output_uri_prefix:
         checks.bucket(spec.base_output_directory.output_uri_prefix, location, cloud.bucket_location)

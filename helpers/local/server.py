@@ -34,6 +34,7 @@ from helpers.local.identity import Identity
 from helpers.local.rpc import Method, Rpc, refusal_as_rest
 from helpers.local.service import Service
 from helpers.local.serving import READY_SECONDS, Deployment, Serving
+from helpers.local.storage_transfers import Http
 from helpers.local.store import Store
 
 log = logging.getLogger("helpers.local")
@@ -90,9 +91,10 @@ class Cloud:
         for service in classes:
             self.services[service.name] = service(self)
         self.operations = self.services["Operations"]
-        self._objects = Buckets(self.buckets, folder / "storage.sqlite")
-        self.storage_routes = storage.routes(self._objects, relay.through(proxy))
-        self.bigquery_routes = bigquery.routes(folder / "bigquery", self.buckets, PROJECT)
+        self.objects = Buckets(self.buckets, folder / "storage.sqlite")
+        self.storage_routes = storage.routes(self.objects, relay.through(proxy))
+        self.bigquery = bigquery.Api(folder / "bigquery", self.buckets, PROJECT)
+        self.bigquery_routes = bigquery.routes(self.bigquery)
 
     # What services share
 
@@ -103,10 +105,10 @@ class Cloud:
     def path_of(self, uri: str) -> Path:
         """Return the path of a gs://BUCKET/OBJECT, there or not; nothing outside of the bucket has one."""
         bucket, _, name = uri.removeprefix("gs://").partition("/")
+        if not uri.startswith("gs://") or not bucket or bucket.startswith(".") or "\0" in uri:
+            raise errors.invalid(f"{uri!r} is not a Cloud Storage URI: expected gs://BUCKET/PATH.")
         root = self.buckets / bucket
         path = (root / name).resolve()
-        if not uri.startswith("gs://") or not bucket or "/" in bucket or bucket.startswith(".") or "\0" in uri:
-            raise errors.invalid(f"{uri!r} is not a Cloud Storage URI: expected gs://BUCKET/PATH.")
         if not path.is_relative_to(root.resolve()):
             raise errors.invalid(f"{uri!r} leads out of its bucket.")
         return path
@@ -114,7 +116,7 @@ class Cloud:
     def bucket_location(self, name: str) -> str | None:
         """Return the location of a bucket, None if there is no such bucket."""
         try:
-            return self._objects.bucket(name)["location"]
+            return self.objects.bucket(name)["location"]
         except NoSuchBucket:
             return None
 
@@ -217,12 +219,13 @@ class Cloud:
 
     def is_busy(self) -> bool:
         """Say whether a job runs."""
-        return any(service.is_busy() for service in self.services.values())
+        return self.bigquery.is_busy() or any(service.is_busy() for service in self.services.values())
 
     def close(self) -> None:
         """End what runs, in order; what has to go on is started again by the next server."""
         for service in self.services.values():
             service.close()
+        self.bigquery.close()
         self.serving.close()
         self.store.close()
 
@@ -307,7 +310,11 @@ def serve(folder: Path, proxy: str | None) -> int:
     cloud = Cloud(folder, proxy)
     grpc_server, grpc_port = cloud.rpc.serve_grpc(*cloud.identity.certificate("*.googleapis.com", "localhost"))
     config = uvicorn.Config(
-        Authorization(cloud.app(), cloud), log_level="warning", access_log=False, timeout_graceful_shutdown=2
+        Authorization(cloud.app(), cloud),
+        http=Http,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=2,
     )
     config.load()
     config.ssl = cloud.identity.tls()

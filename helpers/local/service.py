@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from google.longrunning import operations_pb2
 from google.protobuf import field_mask_pb2
+from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from grpc import StatusCode
 
@@ -18,6 +19,8 @@ from helpers.local.rpc import Method
 from helpers.local.store import Store, new_id
 
 PAGE_SIZE = 1000
+LOCATION = re.compile(r"projects/[^/]+(/locations/[^/]+)?")
+ID = re.compile(r"[\w.:-]+")
 OWN_FIELDS = ("name", "create_time", "update_time", "etag", "state", "error")  # set by the service alone
 
 
@@ -76,7 +79,7 @@ class Service:
             ):
                 if method.name == verb + kind:
                     return functools.partial(rule, kind)
-            if method.name == "List" + plural:
+            if method.name in ("List" + plural, f"List{kind}s", f"List{kind}"):
                 return functools.partial(self.list, collection, method.response)
         return None
 
@@ -85,9 +88,12 @@ class Service:
     def create(self, kind: str, request: Message) -> Message:
         """Make a resource from what a request holds, under the asked id or a new one."""
         field = snake(kind)
+        self.check_parent(request.parent)
         wanted = next(
             (value for descriptor, value in request.ListFields() if descriptor.name.endswith("_id") and value), ""
         )
+        if wanted and not ID.fullmatch(wanted):
+            raise errors.invalid(f"Invalid id {wanted!r}: expected letters, digits, dashes, dots, colons, underscores.")
         name = f"{request.parent}/{self.resources[kind]}/{wanted or new_id()}"
         resource = type(getattr(request, field))()
         resource.CopyFrom(getattr(request, field))
@@ -99,6 +105,16 @@ class Service:
             self.created(resource)
             self.store.put(name, resource)
         return resource
+
+    def check_parent(self, parent: str) -> None:
+        """Refuse a parent that is neither a location nor a resource that is there."""
+        if not LOCATION.fullmatch(parent):
+            self.store.get(parent)
+
+    def check_name(self, kind: str, name: str) -> None:
+        """Refuse the name of a resource of another kind."""
+        if name.split("/")[-2:-1] != [self.resources[kind]]:
+            raise errors.not_found(name)
 
     def created(self, resource: Message) -> None:
         """Complete a new resource before it is stored."""
@@ -115,6 +131,7 @@ class Service:
 
     def get(self, kind: str, request: Message) -> Message:
         """Return a resource by its name."""
+        self.check_name(kind, request.name)
         return self.store.get(request.name)
 
     def list(self, collection: str, response: type[Message], request: Message) -> Message:
@@ -125,6 +142,7 @@ class Service:
     def update(self, kind: str, request: Message) -> Message:
         """Change the fields of a resource that the mask names, all that the request holds without a mask."""
         source = getattr(request, snake(kind))
+        self.check_name(kind, source.name)
         mask = request.update_mask if "update_mask" in request.DESCRIPTOR.fields_by_name else None
         with self.store.change(source.name) as resource:
             merge(source, resource, mask)
@@ -133,8 +151,7 @@ class Service:
 
     def delete(self, kind: str, request: Message) -> Message:
         """Delete a resource and all below it."""
-        from google.protobuf.empty_pb2 import Empty
-
+        self.check_name(kind, request.name)
         self.store.delete(request.name)
         return Empty()
 
@@ -144,6 +161,8 @@ def page(found: list[Message], request: Message, response: type[Message]) -> Mes
     found = filters.select(found, getattr(request, "filter", ""))
     found = filters.order(found, getattr(request, "order_by", ""))
     size = getattr(request, "page_size", 0) or PAGE_SIZE
+    if size < 0:
+        raise errors.invalid(f"The page size is {size}; expected a number above 0.")
     token = getattr(request, "page_token", "")
     if token and not token.isdigit():
         raise errors.invalid(f"The page token {token!r} is not one that this service gave.")

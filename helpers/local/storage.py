@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from helpers.local import PROJECT, PROJECT_NUMBER, errors
+from helpers.local import MANAGED_BUCKET, PROJECT, PROJECT_NUMBER, errors
 from helpers.local import storage_resources as resources
 from helpers.local import storage_transfers as transfers
 from helpers.local.buckets import Buckets, Draft, NoSuchBucket, Object, StorageError
@@ -231,10 +231,11 @@ class Storage:
         return known
 
     def list_buckets(self, call: Call) -> dict:
-        """List the buckets: all belong to the one project."""
+        """List the buckets: all belong to the one project, except the one that is Vertex AI's own."""
         prefix, start = call.query.get("prefix", ""), resources.from_token(call.query.get("pageToken"))
         limit = min(resources.number(call.query, "maxResults") or PAGE_SIZE, PAGE_SIZE)
-        names = [name for name in self.buckets.buckets() if name.startswith(prefix) and name >= start]
+        names = [name for name in self.buckets.buckets() if name != MANAGED_BUCKET]
+        names = [name for name in names if name.startswith(prefix) and name >= start]
         items = [self.shown_bucket(call, name) for name in names[:limit]]
         following = {"nextPageToken": resources.to_token(names[limit])} if len(names) > limit else {}
         return {"kind": "storage#buckets", "items": items} | following
@@ -469,7 +470,7 @@ class Storage:
         resources.condition(call.query)(self.buckets.find(bucket, resources.object_name(call.query, body)))
         upload = self.buckets.begin_upload(bucket, {"query": dict(call.query), "body": body})
         where = f"{call.base}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={upload}"
-        return Response(None, 200, {"Location": where, "X-GUploader-UploadID": upload})
+        return transfers.bare(200, {"Location": where, "X-GUploader-UploadID": upload})
 
     async def resume(self, call: Call, bucket: str) -> Response:
         """Take a part of an upload, or none, and say how much has come; what completes it makes it an object."""
@@ -493,11 +494,11 @@ class Storage:
                 if first is not None:
                     await transfers.take(call.request, draft, first)
                 if not is_end and (total is None or draft.size < total):
-                    return Response(None, 308, {"Range": f"bytes=0-{draft.size - 1}"} if draft.size else None)
+                    return transfers.bare(308, {"Range": f"bytes=0-{draft.size - 1}"} if draft.size else {})
                 if total is not None and draft.size > total:
                     raise StorageError(400, "invalid", f"{draft.size} bytes came for an upload of {total} bytes.")
                 answer = await run_in_threadpool(self.finish, call, bucket, query, body, draft)
-            except (StorageError, OSError):
+            except (StorageError, OSError, sqlite3.OperationalError):
                 await self.cancel(call, bucket)
                 raise
             self.drafts.pop(upload, None)

@@ -20,8 +20,9 @@ NO_KEYS = "use no key: objects are plain files here"
 INSTEAD = {
     **dict.fromkeys(("acl", "defaultObjectAcl", "predefinedAcl", "predefinedDefaultObjectAcl"), NO_ACL),
     **dict.fromkeys(("versioning", "softDeletePolicy", "softDeleted", "restore"), NO_VERSIONS),
-    **dict.fromkeys(("encryption", "hmacKeys", "kmsKeyName", "destinationKmsKeyName"), NO_KEYS),
+    **dict.fromkeys(("encryption", "hmacKeys", "kmsKeyName"), NO_KEYS),
 }
+
 # The fields that a client may set. Those of objects, but for `metadata`, are headers of a download too.
 FIELD_HEADERS = {
     "contentType": "Content-Type",
@@ -62,7 +63,7 @@ def parse(body: bytes) -> dict:
         value = json.loads(body or b"{}")
         # What cannot be sent back must not come in: NaN, and halves of characters.
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise StorageError(400, "parseError", "Parse Error: expected a JSON object.")

@@ -9,9 +9,33 @@ from typing import BinaryIO
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from helpers.local.buckets import BLOCK, Draft, StorageError
 from helpers.local.storage_resources import parse
+
+IDENTITY = b"\r\nTransfer-Encoding: identity"
+
+
+class Http(HttpToolsProtocol):
+    """HTTP/1.1 as TensorFlow speaks it, which parsers of today refuse.
+
+    It sends a length beside `Transfer-Encoding: chunked`, and an empty body with `Transfer-Encoding: identity`, which
+    once was the word for a body as it is.
+    """
+
+    def __init__(self, *arguments, **options):
+        """Take a length that does not count."""
+        super().__init__(*arguments, **options)
+        self.parser.set_dangerous_leniencies(lenient_chunked_length=True, lenient_data_after_close=True)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, without the word where a head comes."""
+        if IDENTITY in data and (self.cycle is None or self.cycle.response_complete):
+            head, end, body = data.partition(b"\r\n\r\n")
+            data = head.replace(IDENTITY, b"") + end + body
+        super().data_received(data)
 
 
 async def blocks(request: Request) -> AsyncIterator[bytes]:
@@ -33,15 +57,12 @@ async def blocks(request: Request) -> AsyncIterator[bytes]:
 
 async def related(request: Request) -> AsyncIterator:
     """Yield the resource in a multipart/related body, then the content that follows it, in pieces."""
-    malformed = StorageError(
-        400, "badRequest", "Malformed multipart body: expected a JSON part, a media part and an end."
-    )
+    malformed = StorageError(400, "badRequest", "Malformed multipart body: expected JSON, then media, then an end.")
     found = re.search(r'boundary="?([^";]+)', request.headers.get("content-type", ""))
     mark = b"--" + found[1].encode() if found else b"--"
     # Lines end as the client writes them: with CR LF, or with LF alone.
-    head = re.compile(
-        rb"\s*%b(\r?\n).*?\r?\n\r?\n(.*?)\r?\n%b(\r?\n.*?)\r?\n\r?\n" % ((re.escape(mark),) * 2), re.DOTALL
-    )
+    line = re.escape(mark)
+    head = re.compile(rb"\s*%b(\r?\n).*?\r?\n\r?\n(.*?)\r?\n%b(\r?\n.*?)\r?\n\r?\n" % (line, line), re.DOTALL)
     source, data, start = blocks(request), b"", None
     while start is None:
         block = await anext(source, None)
@@ -74,6 +95,21 @@ def content_range(header: str | None) -> tuple[int | None, int | None, bool]:
     return first, total, False
 
 
+class Cased(bytes):
+    """The name of a header with its capitals, which servers send in lower case otherwise; TensorFlow looks for them."""
+
+    def lower(self) -> "Cased":
+        """Stay as it is."""
+        return self
+
+
+def bare(status: int, headers: dict[str, str]) -> Response:
+    """Return a response without a body, whose headers keep their capitals."""
+    response = Response(None, status)
+    response.raw_headers += [(Cased(name.encode()), value.encode()) for name, value in headers.items()]
+    return response
+
+
 async def take(request: Request, draft: Draft, first: int) -> None:
     """Append a body that starts at byte `first` of a draft; what the draft has already is passed over."""
     known = draft.size - first
@@ -91,9 +127,8 @@ def verify(draft: Draft, body: dict, headers: Headers) -> None:
         actual = draft.checksums()[kind]
         if value and value != actual:
             word = {"crc32c": "CRC32C", "md5": "MD5 hash"}[kind]
-            raise StorageError(
-                400, "invalid", f'Provided {word} "{value}" doesn\'t match calculated {word} "{actual}".'
-            )
+            message = f'Provided {word} "{value}" doesn\'t match calculated {word} "{actual}".'
+            raise StorageError(400, "invalid", message)
 
 
 def byte_range(header: str | None, size: int) -> tuple[int, int] | None:

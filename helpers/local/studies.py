@@ -58,13 +58,18 @@ class VizierService(Service):
             return found
         raise errors.not_found(f"{request.parent}/studies with the display name {request.display_name!r}")
 
+    def _study(self, name: str) -> Message:
+        if not re.fullmatch(r".+/studies/[^/]+", name):
+            raise errors.not_found(name)
+        return self.store.get(name)
+
     def _named(self, parent: str, display_name: str) -> Message | None:
         studies = self.store.list(parent, "studies")
         return next((study for study in studies if study.display_name == display_name), None)
 
     def list_optimal_trials(self, request: Message) -> Message:
         """Return the best trial of a study, or the Pareto-optimal ones if it has several metrics."""
-        spec = self.store.get(request.parent).study_spec
+        spec = self._study(request.parent).study_spec
         return ListOptimalTrialsResponse(optimal_trials=search.optimal(spec, self._trials(request.parent)))
 
     # Trials
@@ -76,7 +81,7 @@ class VizierService(Service):
         """Add a trial of the client's own: one to be suggested, or one that was run if it has a final measurement."""
         trial = Trial(parameters=request.trial.parameters)
         with self.store.transaction():
-            spec = self.store.get(request.parent).study_spec
+            spec = self._study(request.parent).study_spec
             space.check_values(spec, trial, "trial.parameters")
             if request.trial.HasField("final_measurement"):
                 check_measurement(spec, request.trial.final_measurement, "trial.final_measurement", is_final=True)
@@ -97,7 +102,7 @@ class VizierService(Service):
         """Give a client the trials that it has not completed, then those that were requested, then new ones."""
         response = SuggestTrialsResponse()
         response.start_time.GetCurrentTime()
-        spec = self.store.get(request.parent).study_spec
+        spec = self._study(request.parent).study_spec
         count, contexts = request.suggestion_count, list(request.contexts) or [Trial()] * request.suggestion_count
         if not request.client_id:
             refuse([("client_id", REQUIRED)])
@@ -119,13 +124,14 @@ class VizierService(Service):
 
     def _next(self, name: str, fixed: Mapping, client: str, given: Sequence[Message]) -> Message | None:
         """Return one trial for a client, besides those that it was given just now; None if the study has no more."""
-        study, trials = self.store.get(name), self._trials(name)
-        waiting = [trial for trial in trials if trial.state == State.ACTIVE and trial.client_id == client]
-        waiting += [trial for trial in trials if trial.state == State.REQUESTED]
-        for trial in waiting:
-            if trial not in given and fixed.items() <= space.values_of(trial).items():
-                with self.store.change(trial.name) as found:
-                    return _assigned(found, client)
+        with self.store.transaction():
+            study, trials = self.store.get(name), self._trials(name)
+            waiting = [trial for trial in trials if trial.state == State.ACTIVE and trial.client_id == client]
+            waiting += [trial for trial in trials if trial.state == State.REQUESTED]
+            for trial in waiting:
+                if trial not in given and fixed.items() <= space.values_of(trial).items():
+                    self.store.put(trial.name, _assigned(trial, client))
+                    return trial
         values = search.suggest(study.study_spec, trials, study.display_name, fixed)
         with self.store.change(name) as study:
             if values is not None:
@@ -136,13 +142,13 @@ class VizierService(Service):
     @contextlib.contextmanager
     def _running(self, name: str) -> Iterator[tuple[Message, Message]]:
         """Give the specification of a study and one of its trials that has not ended, to be changed alone."""
-        study = re.fullmatch(r"(.+/studies/[^/]+)/trials/[^/]+", name)
-        if not study:
+        if "/trials/" not in name:
             raise errors.not_found(name)
+        study = self._study(name.rpartition("/trials/")[0])
         with self.store.change(name) as trial:
             if trial.state in ENDED:
                 raise errors.precondition(f"The trial {name} has ended: its state is {State(trial.state).name}.")
-            yield self.store.get(study[1]).study_spec, trial
+            yield study.study_spec, trial
 
     def add_trial_measurement(self, request: Message) -> Message:
         """Add what a client measured while a trial runs."""

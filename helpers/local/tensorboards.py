@@ -1,6 +1,7 @@
 """TensorboardService: the points of time series, in a table, and the blobs that a log holds, in a bucket."""
 
 import functools
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
 from helpers.local import errors, filters
-from helpers.local.service import Service, page
+from helpers.local.service import Service, page, snake
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS points (series TEXT, step INTEGER, point BLOB, PRIMARY KEY (series, step))"
 UNIQUE = ("TensorboardRun", "TensorboardTimeSeries")  # whose display names occur once below a parent
@@ -44,6 +45,9 @@ class TensorboardService(Service):
         """Make a resource below one that is there."""
         if kind == "Tensorboard":
             return super().create(kind, request)
+        field = f"{snake(kind)}_id"
+        if not re.fullmatch(r"([a-z0-9-]{1,128})?", getattr(request, field)):
+            raise errors.invalid(f"List of found errors:\t1.Field: {field}; Message: Valid characters are [a-z][0-9]-.")
         with self.store.transaction():
             self.store.get(request.parent)
             return super().create(kind, request)

@@ -61,7 +61,10 @@ def run(cloud, name: str, control: Control) -> None:
         worker.start()
     while alive := [worker for worker in workers if worker.is_alive()]:
         alive[0].join(READ_SECONDS)
-        tuning.look()
+        try:
+            tuning.look()
+        except Exception as error:
+            tuning.fail(error)
     if tuning.failure:
         raise tuning.failure
 
@@ -76,19 +79,35 @@ def interrupt(store: Store) -> None:
                         search.complete(changed.study_spec, trial, INTERRUPTED)
 
 
+@dataclass(frozen=True)
+class TrialRun(runner.Run):
+    """The run of a trial, whose replicas are told its number and where to report."""
+
+    def reports(self, replica: str = "workerpool0-0") -> Path:
+        """Return the file into which a replica reports; what counts is that of the primary one."""
+        return self.folder / replica / "hypertune.metrics"
+
+    def contract(self, replica: runner.Replica, replicas: list[runner.Replica]) -> dict[str, str]:
+        """Return what Vertex AI sets in the environment of a trial."""
+        own = {"CLOUD_ML_TRIAL_ID": self.trial, "CLOUD_ML_HP_METRIC_FILE": str(self.reports(replica.name))}
+        return super().contract(replica, replicas) | own
+
+
 @dataclass
 class Running:
     """A trial while it runs: how to stop it, and what it has reported so far."""
 
-    control: Control
-    file: Path  # which hypertune writes anew for each report, with the last hundred of them
-    lines: set[str] = field(default_factory=set)  # of it, that were read
+    run: TrialRun
+    control: Control = field(default_factory=Control)
+    lines: set[str] = field(default_factory=set)  # of its reports, that were read
 
     def reports(self) -> list[dict]:
         """Return what was reported since the last call."""
+        # hypertune writes the file anew for each report, with the last hundred of them.
         found = []
+        file = self.run.reports()
         try:
-            lines = self.file.read_text(errors="replace").splitlines() if self.file.is_file() else []
+            lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
         except OSError:
             lines = []
         for line in lines:
@@ -148,36 +167,26 @@ class Tuning:
             trial.parameters.extend(space.as_parameters(values))
             trial.custom_job = f"{location_of(self.name)}/customJobs/{new_id()}"
             trial.start_time.GetCurrentTime()
+            spec = CustomJobSpec()
+            spec.CopyFrom(job.trial_job_spec)
+            for pool in spec.worker_pool_specs:
+                if task := pool.WhichOneof("task"):
+                    getattr(pool, task).args.extend(arguments(trial))
+            _, _, _, region, _, number = self.name.split("/")
+            self.running[trial.id] = Running(TrialRun(self.cloud, number, region, spec, trial.id))
             with self.cloud.store.change(self.name) as job:
                 job.trials.append(trial)
-            self.running[trial.id] = Running(Control(), self.folder(trial.id) / "hypertune.metrics")
             return trial
-
-    def folder(self, trial: str) -> Path:
-        """Return the folder of a trial's primary replica."""
-        return self.cloud.folder / "jobs" / self.name.rsplit("/", 1)[1] / f"trial-{trial}" / "workerpool0-0"
 
     def execute(self, trial: Message) -> str:
         """Run a trial as a custom job; return why it failed, empty if it did not."""
         tuning, running = self.cloud.store.get(self.name), self.running[trial.id]
-        job = CustomJob(name=trial.custom_job, display_name=f"{tuning.display_name}-trial-{trial.id}")
-        job.job_spec.CopyFrom(tuning.trial_job_spec)
-        job.labels.update(tuning.labels)
+        name = f"{tuning.display_name}-trial-{trial.id}"
+        job = CustomJob(name=trial.custom_job, display_name=name, job_spec=running.run.spec, labels=tuning.labels)
         Service.stamp(job, created=True)
-        for pool in job.job_spec.worker_pool_specs:
-            if task := pool.WhichOneof("task"):
-                getattr(pool, task).args.extend(arguments(trial))
-        run = runner.Run(
-            self.cloud,
-            job_id=self.name.rsplit("/", 1)[1],
-            region=self.name.split("/")[3],
-            spec=job.job_spec,
-            trial=trial.id,
-            environment={"CLOUD_ML_TRIAL_ID": trial.id, "CLOUD_ML_HP_METRIC_FILE": str(running.file)},
-        )
         background = self.cloud.services["JobService"].background
         try:
-            background.run_inside(job, lambda: run.execute(running.control), running.control)
+            background.run_inside(job, lambda: running.run.execute(running.control), running.control)
         except JobFailed as failure:
             return str(failure)
         return ""
@@ -261,5 +270,6 @@ def too_many_failed(job: Message, trial: Message) -> str:
         start = f"{failed} trials failed (max_failed_trial_count is {limit}), at last {this}."
     else:
         return ""
-    given = ", ".join(f"{name}={value}" for name, value in space.values_of(trial).items())
-    return f"{start} It had parameters: {given}. Its error message was: {trial.infeasible_reason}"
+    return (
+        f"{start} It had the arguments {' '.join(arguments(trial))}. Its error message was: {trial.infeasible_reason}"
+    )
