@@ -111,7 +111,7 @@ import keras
 network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
 network.export(folder + "/export", verbose=False)
 loaded = tf.saved_model.load(folder + "/export")
-same = float(abs(loaded.serve(tf.ones((1, 2))) - network(tf.ones((1, 2)))))
+same = float(abs(loaded.serve(tf.ones((1, 2))) - network(tf.ones((1, 2))))[0, 0])
 print(json.dumps([len(tf.io.gfile.GFile(path).read()), sorted(tf.io.gfile.listdir(folder)), same]))
 """
     length, names, difference = run(code)

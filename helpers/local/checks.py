@@ -6,6 +6,7 @@ from pathlib import Path
 from google.cloud.aiplatform_v1 import types
 from google.protobuf.message import Message
 
+from helpers.local import MANAGED_BUCKET
 from helpers.local.errors import invalid, precondition
 from helpers.tables import read
 
@@ -104,6 +105,8 @@ def bucket(uri: str, location: str, location_of_bucket) -> None:
     found = re.fullmatch(r"gs://([^/]+)(/.*)?", uri)
     if not found:
         raise invalid(f"{uri!r} is not a Cloud Storage URI: expected gs://BUCKET/PATH.")
+    if found[1] == MANAGED_BUCKET:
+        return
     region = location_of_bucket(found[1])
     if region is None:
         raise precondition(

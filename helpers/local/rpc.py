@@ -187,7 +187,8 @@ class Rpc:
 
         def call(request, context):
             try:
-                return self.answer(method, request)
+                result = self.answer(method, request)
+                return iter(result) if method.streams else result
             except Refused as refusal:
                 return context.abort(refusal.code, refusal.message)
 

@@ -46,8 +46,8 @@ def main(arguments: list[str] | None = None):
     settings = {name: value for name, value in vars(asked).items() if name not in ("epochs", *FOLDERS)}
     checkpoint = loop.Checkpoint(asked.checkpoint_dir, [*network.variables, *optimizer.variables], settings)
     history = checkpoint.restore()
-    report = reporter(asked, features.dataset.unit)
-    if rank == 0 and history:
+    report = reporter(asked, features.dataset.unit) if rank == 0 else lambda history: None
+    if history:
         log(f"{len(history)} epochs were done before, says {checkpoint.file}")
         report(history)
     for number in range(len(history), asked.epochs):
@@ -55,8 +55,8 @@ def main(arguments: list[str] | None = None):
         if not math.isfinite(sum(errors.values())):
             raise FloatingPointError(f"epoch {number + 1} ends with {errors}: try a smaller --learning_rate")
         history.append(errors)
+        report(history)
         if rank == 0:
-            report(history)
             checkpoint.save(history)
 
     if rank == 0 and asked.model_dir:
@@ -136,23 +136,18 @@ def read(asked: argparse.Namespace):
     if not asked.data:
         return data.split(asked.dataset, validation=True)[:2]
     import pandas as pd
+    import tensorflow as tf
 
-    parts = [read_csv(files) for files in (asked.data, asked.validation_data) if files]
+    parts = []
+    for files in filter(None, (asked.data, asked.validation_data)):
+        names = sorted(tf.io.gfile.glob(files))
+        if not names:
+            raise FileNotFoundError(f"there is no file {files}")
+        parts.append(pd.concat([pd.read_csv(tf.io.gfile.GFile(name, "rb")) for name in names]))
     rows = pd.concat(parts, keys=range(len(parts)))  # together, so that both parts know all categories
     rows = rows.astype(dict.fromkeys(data.describe(asked.dataset).categorical, "category"))
     rows = data.complete(asked.dataset, rows)
     return (rows.loc[0], rows.loc[1]) if len(parts) == 2 else data.split(asked.dataset, rows, validation=True)[:2]
-
-
-def read_csv(files: str):
-    """Return the rows of all CSV files with this name, in which * stands for any characters."""
-    import pandas as pd
-    import tensorflow as tf
-
-    names = sorted(tf.io.gfile.glob(files))
-    if not names:
-        raise FileNotFoundError(f"there is no file {files}")
-    return pd.concat([pd.read_csv(tf.io.gfile.GFile(name, "rb")) for name in names])
 
 
 def export(network, features: data.Features, train, folder: str) -> None:
