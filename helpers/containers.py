@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -30,14 +31,8 @@ SOURCE = Path(__file__).parent
 NOT_IN_IMAGES = ("local", "course", "__pycache__")  # parts of this package that no job and no endpoint needs
 # The package's own ranges (setup.cfg), of what runs in a container. TensorFlow comes with the base image.
 NEEDS = {
-    "training": (
-        "keras>=3.13,<4",
-        "pandas>=2.2,<4",
-        "pyarrow>=18",
-        "google-cloud-storage>=3,<4",
-        "cloudml-hypertune>=0.1.0.dev6",
-    ),
-    "prediction": ("keras>=3.13,<4", "google-cloud-storage>=3,<4", "starlette>=0.46", "uvicorn>=0.34"),
+    "training": ("keras>=3.13,<4", "pandas>=2.2,<4", "pyarrow>=18", "cloudml-hypertune>=0.1.0.dev6"),
+    "prediction": ("google-cloud-aiplatform[prediction]>=2.7,<3", "starlette>=0.46", "uvicorn>=0.34"),
 }
 STARTS = {"training": "helpers.trainer.task", "prediction": "helpers.predictor"}
 PREBUILT = re.compile(
@@ -320,21 +315,25 @@ def local_engine() -> str | None:
     Asked by starting an empty image, which takes about a second: a client that is installed may lack its daemon, and
     an engine that answers may lack the right to start anything.
     """
-    return next((engine for engine in ENGINES if shutil.which(engine) and _starts(engine)), None)
+    return next((engine for engine in ENGINES if not _refusal(engine)), None)
 
 
-def _starts(engine: str) -> bool:
+def _refusal(engine: str) -> str:
+    """Return what an engine says when it is to start a container; empty if it does start it."""
+    if not shutil.which(engine):
+        return "is not installed"
     name = "course-probe"
     with tempfile.TemporaryDirectory() as folder:
         empty = Path(folder) / "empty.tar"
         shutil.make_archive(str(empty.with_suffix("")), "tar", folder, base_dir=".")
         try:
-            if _call(engine, "import", str(empty), name, timeout=10).returncode:
-                return False
+            done = _call(engine, "import", str(empty), name, timeout=10)
+            if done.returncode == 0:
+                done = _call(engine, "run", "--rm", "--network=none", name, "/nothing", timeout=10)
             # The engine's own statuses: 127 says that all went well until the program was not found in the image.
-            return _call(engine, "run", "--rm", "--network=none", name, "/nothing", timeout=10).returncode == 127
+            return "" if done.returncode == 127 else _last(done, 1) or f"ended with status {done.returncode}"
         except subprocess.TimeoutExpired:
-            return False
+            return "did not answer within 10 seconds"
         finally:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 _call(engine, "rmi", "--force", name, timeout=10)
@@ -344,36 +343,97 @@ def _call(engine: str, *words: str, timeout: float | None) -> subprocess.Complet
     return subprocess.run([engine, *words], capture_output=True, text=True, timeout=timeout)
 
 
-def build(folder: str | Path, image: str, engine: str | None = None) -> str:
+def _last(done: subprocess.CompletedProcess, lines: int) -> str:
+    """Return the last lines of what a command said."""
+    return "\n".join((done.stderr or done.stdout).strip().splitlines()[-lines:])
+
+
+def build(folder: str | Path, image: str, engine: str | None = None, seconds: float | None = None) -> str:
     """Build a folder with a Dockerfile into an image on this machine and return its name.
 
-    Raises ContainerError if no engine runs here, or with the engine's last lines.
+    Raises ContainerError if no engine runs here, with the engine's last lines, or if it takes more than `seconds`.
     """
-    _execute(engine, ("build", "--tag", image, str(folder)))
+    _execute(engine, ("build", "--tag", image, str(folder)), seconds)
     return image
 
 
-def run(image: str, *words: str, environment: Mapping[str, str] | None = None, engine: str | None = None) -> str:
+def run(
+    image: str,
+    *words: str,
+    environment: Mapping[str, str] | None = None,
+    engine: str | None = None,
+    seconds: float | None = None,
+) -> str:
     """Run a container to its end, with `words` after its entry point, and return what it printed.
 
-    Raises ContainerError if no engine runs here, or with the status and the last lines of a container that failed.
+    Raises ContainerError if no engine runs here, with the status and the last lines of a container that failed, or if
+    it takes more than `seconds`.
     """
     variables = [f"--env={name}={value}" for name, value in (environment or {}).items()]
-    return _execute(engine, ("run", "--rm", *variables, image, *words))
+    return _execute(engine, ("run", "--rm", *variables, image, *words), seconds)
 
 
-def _execute(engine: str | None, words: Sequence[str]) -> str:
+def _execute(engine: str | None, words: Sequence[str], seconds: float | None = None) -> str:
     engine = engine or local_engine()
     if engine is None:
         raise ContainerError(
             "Neither docker nor podman can start a container on this machine. Build with Cloud Build instead: "
             "containers.build_commands(...)."
         )
-    done = _call(engine, *words, timeout=None)
+    try:
+        done = _call(engine, *words, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise ContainerError(f"{engine} {words[0]} was stopped after {seconds:.0f} seconds: give it more.") from None
     if done.returncode:
-        last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
-        raise ContainerError(f"{engine} {words[0]} ended with status {done.returncode}:\n{last}")
+        raise ContainerError(f"{engine} {words[0]} ended with status {done.returncode}:\n{_last(done, 8)}")
     return done.stdout
+
+
+@dataclass(frozen=True, repr=False)
+class Rehearsal(Facts):
+    """What became of an image that was to be built and run on this machine. It shows itself with what to do next.
+
+    Attributes: `image`; `engine`, "docker" or "podman", empty if neither starts containers here; `worked`, whether the
+    container ran and ended well; `said`, what it printed, or why it did not come to that.
+    """
+
+    image: str
+    engine: str
+    worked: bool
+    said: str
+
+    def _facts(self) -> list[tuple[str, str]]:
+        following = (
+            f"push it to a registry, then a job can run it; {self.engine} rmi {self.image} removes it from here"
+            if self.worked
+            else "build it with Cloud Build, which needs no engine here: containers.build_commands(...)"
+        )
+        did = "built it and ran it" if self.worked else "did not run it"
+        return [
+            ("image", self.image),
+            ("engine", f"{self.engine} {did}" if self.engine else "none: no container was built or run here"),
+            ("said", self.said),
+            ("next", following),
+        ]
+
+
+def rehearse(folder: str | Path, image: str, *words: str, seconds: float = 240) -> Rehearsal:
+    """Build a folder and run the image to its end with `words` after its entry point, where an engine can do that.
+
+    Returns what became of it, also where there is no engine, no network for the base image, or `seconds` are too few.
+    A failure of the container itself is told in the same way.
+    """
+    refusals = {engine: _refusal(engine) for engine in ENGINES}
+    engine = next((engine for engine, words in refusals.items() if not words), None)
+    if engine is None:
+        return Rehearsal(image, "", False, "\n".join(f"{engine}: {words}" for engine, words in refusals.items()))
+    until = time.monotonic() + seconds
+    try:
+        build(folder, image, engine, seconds)
+        said = run(image, *words, engine=engine, seconds=max(until - time.monotonic(), 1))
+    except ContainerError as error:
+        return Rehearsal(image, engine, False, str(error))
+    return Rehearsal(image, engine, True, said.strip())
 
 
 # What one version of TensorFlow saves and another loads

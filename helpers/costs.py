@@ -118,6 +118,24 @@ def endpoint(
     return estimate(machine_type, HOURS_A_MONTH, "prediction", accelerator, accelerator_count, replicas, region)
 
 
+def workbench(machine_type: str, hours: float = HOURS_A_MONTH, region: str = "us-central1") -> Estimate:
+    """Return what a Workbench instance costs for some hours of running: its machine and the fee for managing it.
+
+    Only N1 machines have a price here. The disks of an instance are billed too, also while it is stopped.
+    """
+    prices, (family, _, size) = tables.read("prices"), machine_type.rpartition("-")
+    price = prices["workbench"].get(family.partition("-")[0]) if region == prices["region"] else None
+    if price:
+        memory_gb = int(size) * tables.read("machines")["cpu"][family]["memory_gb_per_vcpu"]
+        hourly = int(size) * price["vcpu"]["usd"] + memory_gb * price["gb"]["usd"]
+    return Estimate(
+        machines=f"1 x {machine_type} in {region} for Workbench",
+        hours=hours,
+        hourly=hourly if price else None,
+        date=min(tables.day(part["date"]) for part in price.values()) if price else None,
+    )
+
+
 # What runs
 
 
@@ -451,7 +469,10 @@ class Cleanup:
             cls._registered.pop(name, None)
         lines = f"{sign}{name}\n"
         if cls._guard is None or cls._guard.poll() is not None:
+            if cls._guard is not None:  # somebody ended it
+                cls._guard.stdin.close()
             if not cls._registered:
+                cls._guard = None
                 return
             cls._guard = subprocess.Popen(
                 [sys.executable, "-m", "helpers.costs"],

@@ -7,14 +7,18 @@ After that the SDKs are used as Google documents them: plain `aiplatform`, `stor
 `gs://` paths, here, in subprocesses and in jobs.
 """
 
+import contextlib
 import html
 import json
+import logging
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import costs
+from helpers import costs, tables
 
 # The order matters: the most telling sign first. Names and signs: docs.cloud.google.com and the SDK's own detection.
 PLACES = (
@@ -88,17 +92,49 @@ def where_am_i() -> str:
     return "Compute Engine" if is_google else "laptop"
 
 
+def notebooks():
+    """Return where Google Cloud runs a notebook, Colab Enterprise or Workbench, as a DataFrame: a row for each need.
+
+    The column `better` names the one that serves a need better; it is empty where neither does.
+    """
+    import pandas as pd
+
+    return pd.DataFrame(tables.read("notebooks")["needs"]).set_index("need")
+
+
 def connect(project: str | None = None, region: str = "us-central1") -> Cloud:
     """Lead this process to a cloud and return it: Google Cloud with a `project`, else the local one.
 
     The SDK is initialised with the project, the region and a bucket in that region, which is made if it is not there.
     Raises ConnectError if there are no credentials for the project, or the local cloud cannot start.
     """
+    project, is_local = _choose(project, region)
+    return _initialise(project, region, is_local)
+
+
+def preflight(project: str | None = None, region: str = "us-central1"):
+    """Return what jobs in a project and region would miss, each with the command that mends it: see helpers.preflight.
+
+    It is true if nothing is missing, and shows itself as a table. Nothing is changed. Without a project it looks at
+    the local cloud.
+    """
+    from helpers import preflight
+
+    project, _ = _choose(project, region)
+    return preflight.check(project, region, _bucket_name(project, region))
+
+
+def _bucket_name(project: str, region: str) -> str:
+    return f"{project}-{region}-course"
+
+
+def _choose(project: str | None, region: str) -> tuple[str, bool]:
+    """Lead this process to the cloud of a project, or to the local one; return its project, and whether it is local."""
     from helpers.local import PROJECT, client
 
     if project and project != PROJECT:
         disconnect()
-        return _initialise(project, region, is_local=False)
+        return project, False
     if client.MARK in os.environ and os.environ[client.MARK] != str(client.folder()):
         disconnect()
     place = client.folder()
@@ -109,7 +145,7 @@ def connect(project: str | None = None, region: str = "us-central1") -> Cloud:
         _lead_to(client.variables(place, port) | {"GOOGLE_CLOUD_REGION": region})
     except client.CloudError as error:
         raise ConnectError(str(error)) from None
-    return _initialise(PROJECT, region, is_local=True)
+    return PROJECT, True
 
 
 def disconnect() -> None:
@@ -128,6 +164,26 @@ def disconnect() -> None:
         initializer.global_config.__init__()
 
 
+@contextlib.contextmanager
+def fresh_local_cloud() -> Iterator[Path]:
+    """Give what runs inside, in this process or in others, a local cloud with nothing in it; it is gone at the end.
+
+    Where LOCAL_CLOUD_FOLDER is set, that local cloud is used instead, and stays.
+    """
+    from helpers.local import client
+
+    if "LOCAL_CLOUD_FOLDER" in os.environ:
+        yield client.folder()
+        return
+    with tempfile.TemporaryDirectory(prefix="local-cloud-", ignore_cleanup_errors=True) as scratch:
+        os.environ["LOCAL_CLOUD_FOLDER"] = str(Path(scratch) / "cloud")
+        try:
+            yield client.folder()
+        finally:
+            client.reset(client.folder())
+            del os.environ["LOCAL_CLOUD_FOLDER"]
+
+
 def _lead_to(variables: dict[str, str]) -> None:
     """Set environment variables, remembering in one more what they were."""
     from helpers.local import client
@@ -140,6 +196,12 @@ def _lead_to(variables: dict[str, str]) -> None:
 
 
 def _import_sdk():
+    sdk = "google.cloud.aiplatform"
+    if sdk not in sys.modules:
+        # It tells of every step of every call, unless its logger has a handler already: this one shows warnings.
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setLevel(logging.WARNING)
+        logging.getLogger(sdk).addHandler(handler)
     from google.cloud import aiplatform
 
     return aiplatform
@@ -158,7 +220,7 @@ def _initialise(project: str, region: str, is_local: bool) -> Cloud:
             f"There are no credentials for the project {project!r}. Run\n    gcloud auth application-default login\n"
             "and connect again, or leave the project away: connect() needs no account."
         ) from None
-    name = f"{project}-{region}-course"
+    name = _bucket_name(project, region)
     client = storage.Client(project=project)
     try:
         bucket = client.lookup_bucket(name)

@@ -16,12 +16,34 @@ class Facts:
         """Return a line for each fact, their texts below each other."""
         facts = self._facts()
         width = max(len(name) for name, _ in facts)
-        return "\n".join(f"{name:{width}} {text}" for name, text in facts)
+        margin = "\n" + " " * (width + 1)
+        return "\n".join(f"{name:{width}} " + text.replace("\n", margin) for name, text in facts)
 
     def _repr_html_(self) -> str:
-        left = 'style="text-align:left"'
+        left = 'style="text-align:left;white-space:pre-line"'
         rows = "".join(
             f"<tr><th {left}>{html.escape(name)}</th><td {left}>{html.escape(text)}</td></tr>"
             for name, text in self._facts()
         )
         return f"<table>{rows}</table>"
+
+
+class InFull:
+    """A DataFrame of texts, shown in full and from the left, where pandas cuts them and shows them from the right."""
+
+    def __init__(self, frame):
+        """Show a DataFrame."""
+        self.frame = frame
+
+    def __repr__(self) -> str:
+        """Return it as text."""
+        return self.frame.to_string()
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        with pd.option_context("display.max_colwidth", None):
+            table = self.frame.to_html(border=0)
+        for tag in ("td", "th"):
+            table = table.replace(f"<{tag}>", f'<{tag} style="text-align:left;vertical-align:top">')
+        return table

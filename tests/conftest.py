@@ -10,18 +10,16 @@ from helpers.local import client
 
 
 @pytest.fixture(scope="session")
-def cloud(tmp_path_factory):
+def cloud():
     """Lead this process to a fresh local cloud; gone at the end, with all that it ran."""
-    before = os.environ.get("LOCAL_CLOUD_FOLDER")
-    os.environ["LOCAL_CLOUD_FOLDER"] = str(tmp_path_factory.mktemp("cloud") / "folder")
-    try:
-        yield environment.connect()
-    finally:
-        environment.disconnect()
-        client.reset(client.folder())
-        os.environ.pop("LOCAL_CLOUD_FOLDER")
-        if before is not None:
-            os.environ["LOCAL_CLOUD_FOLDER"] = before
+    before = os.environ.pop("LOCAL_CLOUD_FOLDER", None)
+    with environment.fresh_local_cloud():
+        try:
+            yield environment.connect()
+        finally:
+            environment.disconnect()
+    if before is not None:
+        os.environ["LOCAL_CLOUD_FOLDER"] = before
 
 
 class OwnCloud:

@@ -135,7 +135,7 @@ def test_it_shows_itself_with_reasons_for_and_against():
 @pytest.mark.parametrize(
     ("situation", "words"),
     [
-        ({"task": "tabular regresion", "rows": 5}, "Did you mean 'tabular regression'"),
+        ({"task": "tabular regressio", "rows": 5}, "Did you mean 'tabular regression'"),
         ({**TABULAR, "expertise": "python"}, "there are none, SQL, Python. Did you mean 'Python'"),
         ({**TABULAR, "data": "Bigquery"}, "Did you mean 'BigQuery'"),
         ({**TABULAR, "serving": "onlin"}, "Did you mean 'online'"),

@@ -1,13 +1,18 @@
 """Images: Google's table with its dates, what is refused in which words, and images of one's own."""
 
+import ast
 import configparser
+import contextlib
 import re
 import subprocess
 import sys
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from helpers import containers, tables
 
@@ -177,6 +182,63 @@ def test_what_a_container_installs_is_what_the_package_asks_for():
     assert needed <= ranges
 
 
+def imported(module):
+    """Return the modules that a file of the package imports, of the package and of others, anywhere in it."""
+    file = ROOT / Path(*module.split("."))
+    file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def with_dependencies(requirements):
+    """Return the names of packages with those of all that they need."""
+    found, waiting = set(), [Requirement(text) for text in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if (name, *requirement.extras) in found:
+            continue
+        found.add((name, *requirement.extras))
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            for text in metadata.requires(name) or ():
+                needed = Requirement(text)
+                extras = ({"extra": extra} for extra in (*requirement.extras, ""))
+                if needed.marker is None or any(map(needed.marker.evaluate, extras)):
+                    waiting.append(needed)
+    return {name for name, *_ in found}
+
+
+@pytest.mark.parametrize("purpose", containers.PURPOSES)
+def test_what_a_container_runs_finds_all_that_it_imports(purpose):
+    start = containers.STARTS[purpose]
+    package = ROOT / Path(*start.split(".")[:2])
+    waiting = [f"helpers.{package.name}", *(f"helpers.{package.name}.{file.stem}" for file in package.glob("*.py"))]
+    seen, others = set(), set()
+    while waiting:
+        module = waiting.pop()
+        path = ROOT / Path(*module.split("."))
+        if module in seen or not (path.is_dir() or path.with_suffix(".py").exists()):
+            continue
+        seen.add(module)
+        names = imported(module)
+        waiting += [name for name in names if name.startswith("helpers")]
+        others |= {name for name in names if name.split(".")[0] not in {"helpers", *sys.stdlib_module_names}}
+    assert start in seen
+    installed = with_dependencies(["tensorflow", *containers.NEEDS[purpose]])
+    providers = metadata.packages_distributions()
+    for name in others:
+        top = name.split(".")[0]
+        # Many packages share the name google; those of Google Cloud are called as their modules are.
+        found = ["-".join(name.split(".")[:3])] if top == "google" else providers[top]
+        if name.count(".") >= 2 or top != "google":
+            assert {canonicalize_name(provider) for provider in found} & installed, name
+
+
 def test_context_holds_all_that_the_dockerfile_copies_and_nothing_of_the_local_cloud(tmp_path):
     folder = containers.context(tmp_path / "image", requirements=["numpy"])
     assert (folder / "Dockerfile").read_text() == containers.dockerfile(requirements=["numpy"])
@@ -237,6 +299,23 @@ def test_local_engine_is_one_that_starts_containers():
             containers.run("anything")
     else:
         assert answers(engine)
+
+
+def test_a_rehearsal_tells_what_the_container_said_or_why_there_is_none(tmp_path):
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY missing /\n")
+    tried = containers.rehearse(tmp_path, "course-test-image")
+    assert not tried.worked
+    if tried.engine:
+        assert re.search(rf"(?s){tried.engine} build ended with status.*missing", tried.said)
+    else:
+        assert [line.partition(":")[0] for line in tried.said.splitlines()] == list(containers.ENGINES)
+        assert "no container was built or run here" in repr(tried)
+    assert "Cloud Build" in repr(tried)
+
+
+def test_what_takes_too_long_is_stopped():
+    with pytest.raises(containers.ContainerError, match="sleep 60 was stopped after 1 seconds: give it more"):
+        containers._execute("sleep", ["60"], seconds=1)
 
 
 # Version skew

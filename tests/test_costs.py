@@ -54,6 +54,14 @@ def left(cloud):
 # Prices
 
 
+def test_a_workbench_instance_costs_its_machine_and_the_fee():
+    instance = costs.workbench("n1-standard-4", hours=10)
+    assert instance.total == pytest.approx(10 * (4 * 0.0442554 + 15 * 0.0059318))
+    assert instance.hourly > costs.hourly("n1-standard-4", "training")
+    assert costs.workbench("n1-standard-4", region="europe-west4").total is None
+    assert "unknown here" in repr(costs.workbench("e2-standard-4"))
+
+
 def test_all_prices_have_a_day_and_a_machine():
     prices, machines = tables.read("prices"), tables.read("machines")
     kinds = [prices[name] for name in ("training", "training_accelerator", "prediction", "automl", "per_gb_month")]

@@ -55,6 +55,15 @@ def run(code, **variables):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def test_each_place_for_notebooks_serves_some_needs_better():
+    frame = environment.notebooks()
+    places = {"Colab Enterprise", "Workbench"}
+    assert set(frame.columns) == places | {"better"}
+    assert set(frame.better) == places | {""}
+    assert frame.index.is_unique
+    assert frame[list(places)].map(bool).all(axis=None)
+
+
 def test_connecting_shows_the_cloud_and_what_runs_there(cloud):
     assert cloud.is_local
     assert cloud.bucket == f"gs://{cloud.project}-{cloud.region}-course"

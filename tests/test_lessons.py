@@ -199,7 +199,7 @@ BREAKS = {
     "has_short_cells": [append("draw", "\nseed" * 15)],
     "has_a_low_median": [lengthen],
     "imports_public_libraries": [
-        append("draw", "\nimport sklearn.tree"),
+        append("draw", "\nimport statsmodels.api"),
         append("draw", "\nfrom flask import Flask"),
         append("draw", "\nfrom helpers import course"),
         append("draw", "\nimport helpers.local.vertex"),

@@ -38,6 +38,25 @@ def test_a_model_is_searched_evaluated_and_served(dataset):
     model.delete()
 
 
+def test_only_the_columns_that_are_named_are_used(cloud):
+    """A column that gives the answer away, and that nobody named, must not make the model better."""
+    from google.cloud import aiplatform, storage
+
+    random = np.random.default_rng(0)
+    frame = pd.DataFrame({"size": random.uniform(0, 10, 1200), "noise": random.normal(0, 3, 1200)})
+    frame["price"] = 3 * frame["size"] + frame["noise"]
+    frame["set"] = ["training"] * 1000 + ["validation", "test"] * 100
+    bucket = storage.Client().bucket(cloud.bucket.removeprefix("gs://"))
+    bucket.blob("automl/leak.csv").upload_from_string(frame.to_csv(index=False))
+    leaky = aiplatform.TabularDataset.create("leaky", gcs_source=f"{cloud.bucket}/automl/leak.csv")
+    job = aiplatform.AutoMLTabularTrainingJob(
+        "honest", optimization_prediction_type="regression", column_specs={"size": "auto"}
+    )
+    model = job.run(leaky, target_column="price", predefined_split_column_name="set")
+    assert model.list_model_evaluations()[0].metrics["rootMeanSquaredError"] > 2.5
+    model.delete()
+
+
 def test_what_automl_cannot_do_is_refused(cloud, dataset):
     from google.cloud import aiplatform, storage
 

@@ -1,5 +1,6 @@
 """The model registry and the endpoints of the local cloud, through the unmodified SDK."""
 
+import contextlib
 import json
 import re
 import sys
@@ -33,7 +34,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if instances == ["status"]:
             return self.answer(body["parameters"]["status"], {"error": "as you like"})
         if instances == ["environment"]:
-            instances = [{key: value for key, value in os.environ.items() if key.startswith(("AIP_", "OWN_"))}]
+            instances = [{key: value for key, value in os.environ.items() if key.startswith(("AIP_", "OWN_", "UVICORN_"))}]
         self.answer(200, {"predictions": [[os.environ.get("OWN_NAME", ""), instance] for instance in instances]})
     def log_message(self, *_):
         pass
@@ -245,6 +246,7 @@ def test_a_server_of_ones_own_gets_the_environment_of_a_prediction_container(clo
     name, found = endpoint.predict(instances=["environment"]).predictions[0]
     assert name == found["OWN_NAME"] == "own"
     assert found["AIP_MODE"] == "PREDICTION"
+    assert found["UVICORN_HOST"] == "127.0.0.1", "a server that asks it listens to this machine alone"
     assert found["AIP_PREDICT_ROUTE"] == "/predict"
     assert found["AIP_HEALTH_ROUTE"] == "/health"
     assert found["AIP_ENDPOINT_ID"] == endpoint.name
@@ -316,6 +318,45 @@ def test_a_dedicated_endpoint_has_a_host_of_its_own(cloud):
         shared.predict(endpoint=endpoint.resource_name, instances=[7])
     endpoint.delete(force=True)
     model.delete()
+
+
+def test_requests_and_answers_are_logged_in_a_table(cloud):
+    from google.api_core.exceptions import BadRequest, NotFound
+    from google.cloud import aiplatform, bigquery
+
+    table = f"{cloud.project}.logs.requests"
+    logging = {"enable_request_response_logging": True, "request_response_logging_sampling_rate": 1.0}
+    for wrong in ("", "gs://bucket/requests", "bq://someone-elses.logs.requests"):
+        with pytest.raises(BadRequest, match="BigQuery"):
+            aiplatform.Endpoint.create("no", request_response_logging_bq_destination_table=wrong, **logging)
+    endpoint = aiplatform.Endpoint.create(
+        "logged", request_response_logging_bq_destination_table=f"bq://{table}", **logging
+    )
+    model = upload_own("logged")
+    model.deploy(endpoint=endpoint, **MACHINE)
+    for instances in ([{"a": 1}, {"a": 2.5}], [["text", None]]):
+        endpoint.predict(instances=instances)
+    with pytest.raises(BadRequest):
+        endpoint.predict(instances=["status"], parameters={"status": 400})  # no answer, no row
+    client, rows, deadline = bigquery.Client(project=cloud.project), [], time.monotonic() + 30
+    while len(rows) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+        with contextlib.suppress(NotFound):  # the first row makes the table
+            rows = list(client.query_and_wait(f"SELECT * FROM `{table}` ORDER BY logging_time"))
+    assert [[json.loads(text) for text in row.request_payload] for row in rows] == [
+        [{"a": 1}, {"a": 2.5}],
+        [["text", None]],
+    ]
+    assert json.loads(rows[1].response_payload[0]) == ["logged", ["text", None]]
+    assert {(row.endpoint, row.deployed_model_id) for row in rows} == {(endpoint.name, endpoint.list_models()[0].id)}
+    assert abs(rows[0].logging_time.timestamp() - time.time()) < 60
+
+    endpoint.predict(instances=[1])
+    endpoint.delete(force=True)
+    model.delete()
+    client.delete_dataset("logs", delete_contents=True)
+    time.sleep(1)
+    assert "logs" not in {dataset.dataset_id for dataset in client.list_datasets()}
 
 
 def test_what_only_google_can_do_says_so(served):

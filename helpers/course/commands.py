@@ -174,7 +174,8 @@ def show_failures(runs, where):
 
 def test(root, words):
     """Run the tests and all lessons with pytest."""
-    options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", "--dist=loadfile", f"-n{cores()}"]
+    lessons_options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300"]
+    options = [*lessons_options, "-p", "helpers.course.fresh", "--dist=loadfile", f"-n{cores()}"]
     return functools.partial(become, root, "pytest", *options, *words)
 
 

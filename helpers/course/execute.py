@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from helpers.course import cores
+from helpers.environment import fresh_local_cloud
 
 PLAIN_SECONDS = 30  # between two lines about a running lesson where lines cannot be redrawn
 
@@ -46,8 +47,8 @@ def execute(orders, jobs=None):
     waiting, running, reports, screen = list(runs), [], queue.SimpleQueue(), Screen()
     # Lessons that each compute on all cores at once get in each other's way; the numbers are the same either way.
     at_once = max(1, min(jobs or cores(), len(runs)))
-    environment = {"TF_NUM_INTRAOP_THREADS": str(max(1, cores() // at_once))} | os.environ
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, fresh_local_cloud():
+        environment = {"TF_NUM_INTRAOP_THREADS": str(max(1, cores() // at_once))} | os.environ
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:

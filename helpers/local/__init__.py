@@ -5,4 +5,5 @@ Only `helpers.environment` opens this door; nothing else in the course knows tha
 
 PROJECT = "local-project"
 PROJECT_NUMBER = "123456789012"
+TENANT_PROJECT = "local-tenant-tp"  # of Google's, in which jobs run: what a job finds if it is told no project
 MANAGED_BUCKET = "caip-tenant-local"  # where Vertex AI keeps its copies of models; users do not see it in their lists

@@ -54,13 +54,17 @@ def read_inputs(inputs: Message) -> dict:
         raise errors.invalid(
             f"The training budget is {budget}; expected {MIN_BUDGET} to {MAX_BUDGET} milli node hours."
         )
-    columns = [next(iter(one.values())).get("columnName") for one in asked.get("transformations", [])]
+    # The SDK writes column_name, Google's schema columnName: the service takes both.
+    specs = [next(iter(one.values())) for one in asked.get("transformations", [])]
+    columns = [spec.get("columnName") or spec.get("column_name") for spec in specs]
+    if not all(columns):
+        raise errors.invalid("A transformation names no column; expected {'auto': {'columnName': ...}} for each.")
     return {
         "target": asked.get("targetColumn", ""),
         "kind": kind,
         "metric": METRICS[kind][objective],
         "trials": TRIALS * budget // 1000,
-        "columns": [column for column in columns if column],
+        "columns": columns,
     }
 
 

@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from helpers.local import PROJECT_NUMBER
 from helpers.local.bigquery_schemas import LOCATION, BigQueryError, Name, not_found, unimplemented
 from helpers.local.bigquery_warehouse import PUBLIC, RESULTS, Warehouse, now
 
@@ -211,6 +212,8 @@ class Api:
     def check_project(self, request: Request, allow_public: bool = False) -> str:
         """Return the project of a request; BigQueryError unless it is the local one, or may be Google's public one."""
         project = request.path_params["project"]
+        if project == PROJECT_NUMBER:  # a job knows no other name of its owner's project
+            project = self.project
         if project != self.project and not (allow_public and project == PUBLIC):
             denied = f"User does not have bigquery.jobs.create permission in project {project}."
             only = f"The local BigQuery has one project, {self.project}."

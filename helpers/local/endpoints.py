@@ -14,7 +14,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from grpc import StatusCode
 
-from helpers.local import PROJECT_NUMBER, checks, errors
+from helpers.local import PROJECT_NUMBER, checks, errors, request_logs
 from helpers.local.service import Service
 from helpers.local.store import new_id
 
@@ -60,8 +60,10 @@ class EndpointService(Service):
                 self._start(endpoint, deployed)
 
     def created(self, endpoint: Message) -> None:
-        """Give a dedicated endpoint its host name."""
+        """Give a dedicated endpoint its host name, and refuse to log requests where that is not possible."""
         del endpoint.deployed_models[:]
+        if endpoint.predict_request_response_logging_config.enabled:
+            request_logs.destination(endpoint)
         if endpoint.dedicated_endpoint_enabled:
             region, number = endpoint.name.split("/")[3], endpoint.name.rsplit("/", 1)[1]
             endpoint.dedicated_endpoint_dns = f"{number}.{region}-{PROJECT_NUMBER}.prediction.vertexai.goog"
@@ -71,6 +73,7 @@ class EndpointService(Service):
         endpoint = self.store.get(request.endpoint)
         deployed = DeployedModel()
         deployed.CopyFrom(request.deployed_model)
+        self.cloud.refusals.account(deployed.service_account)
         model = self.cloud.services["ModelService"].version(deployed.model)
         if not model.container_spec.image_uri:
             raise errors.precondition(f"The model {model.name} has no serving container: upload it with one.")
@@ -219,6 +222,11 @@ class PredictionService(Service):
         "GenerateContent": "the local cloud holds no Gemini; use a project on Google Cloud",
     }
 
+    def __init__(self, cloud):
+        """Serve a cloud."""
+        super().__init__(cloud)
+        self.logs = request_logs.RequestLogs(cloud)
+
     def predict(self, request: Message) -> Message:
         """Return the predictions for instances."""
         body: dict = {"instances": [plain(instance) for instance in request.instances]}
@@ -250,6 +258,7 @@ class PredictionService(Service):
                 "The model server's answer is not what the prediction contract wants, a JSON object "
                 f'{{"predictions": [...]}}: {text[:200]}',
             ) from None
+        self.logs.add(self.store.get(request.endpoint), deployed.id, body["instances"], predictions)
         return response
 
     def raw(self, endpoint: str, body: bytes, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:

@@ -5,6 +5,8 @@ import sqlite3
 
 from grpc import StatusCode
 
+from helpers.local import PROJECT
+
 # What Google's REST answers carry for each status of its RPCs.
 HTTP_STATUS = {
     StatusCode.INVALID_ARGUMENT: 400,
@@ -59,6 +61,15 @@ def unimplemented(what: str, instead: str = "") -> Refused:
     """Refuse what only Google Cloud can do, with what to use instead."""
     advice = instead or "it needs a project on Google Cloud: environment.connect(project=...)"
     return Refused(StatusCode.UNIMPLEMENTED, f"{what} is not part of the local cloud; {advice}.")
+
+
+def other_project(project: str) -> Refused:
+    """Refuse a project that is not the local cloud's."""
+    return Refused(
+        StatusCode.PERMISSION_DENIED,
+        f"Permission denied on resource project {project}. The local cloud has one project, {PROJECT!r}: "
+        f"leave the project away, or use environment.connect(project={project!r}) for Google Cloud.",
+    )
 
 
 def of_system(error: Exception) -> Refused | None:

@@ -17,6 +17,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google.auth import crypt, jwt
 
+from helpers.local import TENANT_PROJECT
+
 TOKEN_SECONDS = 3600
 TOKEN_URI = "https://oauth2.googleapis.com/token"
 
@@ -39,6 +41,8 @@ class Identity:
         self._authority = trustme.CA.from_pem(self.authority_file.read_bytes(), key_file.read_bytes())
         account = json.loads(self.account_file.read_text())
         self.email = account["client_email"]
+        self.tenant_file = folder / "tenant-account.json"  # the same key, as a job finds it
+        write_secret(self.tenant_file, json.dumps(account | {"project_id": TENANT_PROJECT}, indent=1).encode())
         self._signer = crypt.RSASigner.from_service_account_info(account)
         private = serialization.load_pem_private_key(account["private_key"].encode(), None)
         self._public = private.public_key().public_bytes(

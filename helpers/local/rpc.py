@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
 import grpc
+from google.iam.v1 import iam_policy_pb2
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
@@ -92,6 +93,8 @@ def methods() -> dict[str, Method]:
                     stub.fget(asked)
             for path, (kind, request, response) in recorder.calls.items():
                 owner, name = re.search(r"(\w+)/(\w+)$", path).groups()
+                if request is Message:  # a plain message's serializer does not tell whose it is; these are IAM's
+                    request = getattr(iam_policy_pb2, f"{name}Request")
                 rules = getattr(routes, f"_Base{name}", None)
                 http = rules._get_http_options() if hasattr(rules, "_get_http_options") else ()
                 table[path] = Method(owner, name, request, response, kind == "unary_stream", tuple(http))

@@ -67,6 +67,7 @@ class Run:
 
     def execute(self, control: Control) -> None:
         """Run all replicas until the primary one ends well; JobFailed tells why it did not."""
+        self.cloud.refusals.capacity(self.region, self.spec)
         replicas = [
             Replica(pool, index, spec, f"127.0.0.1:{free_port()}")
             for pool, spec in enumerate(self.spec.worker_pool_specs)
@@ -165,7 +166,10 @@ class Run:
             "task": {"type": f"workerpool{replica.pool}", **place},
             "job": job,
         }
-        found = self.cloud.variables() | {
+        # As on Vertex AI, google.auth finds the project in which Google runs the job, and not its owner's.
+        variables = self.cloud.variables() | {"GOOGLE_APPLICATION_CREDENTIALS": str(self.cloud.identity.tenant_file)}
+        del variables["GOOGLE_CLOUD_PROJECT"]
+        found = variables | {
             "CLOUD_ML_JOB_ID": self.job_id,
             "CLOUD_ML_PROJECT_ID": PROJECT_NUMBER,
             "CLOUD_ML_REGION": self.region,
@@ -229,5 +233,6 @@ def free_port() -> int:
 def check(cloud, location: str, spec: Message, where: str = "job_spec") -> None:
     """Refuse a specification that Vertex AI would refuse before it runs."""
     checks.worker_pools(spec, f"{where}.worker_pool_specs")
+    cloud.refusals.job(location, spec, where)
     if spec.base_output_directory.output_uri_prefix:
         checks.bucket(spec.base_output_directory.output_uri_prefix, location, cloud.bucket_location)

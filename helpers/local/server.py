@@ -31,6 +31,7 @@ from helpers.local.buckets import Buckets, NoSuchBucket
 from helpers.local.door import Door
 from helpers.local.endpoints import NAME_OF_DEDICATED
 from helpers.local.identity import Identity
+from helpers.local.refusals import Refusals
 from helpers.local.rpc import Method, Rpc, refusal_as_rest
 from helpers.local.service import Service
 from helpers.local.serving import READY_SECONDS, Deployment, Serving
@@ -53,6 +54,7 @@ class Cloud:
             bigquery,
             datasets,
             endpoints,
+            job_logs,
             jobs,
             metadata,
             models,
@@ -60,6 +62,7 @@ class Cloud:
             pipelines,
             projects,
             relay,
+            serviceusage,
             storage,
             studies,
             tensorboards,
@@ -69,6 +72,7 @@ class Cloud:
         self.buckets = folder / "buckets"
         self.buckets.mkdir(exist_ok=True)
         self.identity = Identity(folder / "identity", PROJECT)
+        self.refusals = Refusals(folder, self.identity.email)
         self.store = Store(folder / "state.sqlite")
         self.serving = Serving(folder / "serving", self.buckets, self.variables)
         self.port = 0  # of the door, as soon as it is open
@@ -95,6 +99,8 @@ class Cloud:
         self.storage_routes = storage.routes(self.objects, relay.through(proxy))
         self.bigquery = bigquery.Api(folder / "bigquery", self.buckets, PROJECT)
         self.bigquery_routes = bigquery.routes(self.bigquery)
+        self.log_routes = job_logs.routes(folder / "jobs")
+        self.serviceusage_routes = serviceusage.routes(self.refusals)
 
     # What services share
 
@@ -151,6 +157,7 @@ class Cloud:
         if service is None:
             raise errors.unimplemented(f"{method.service}.{method.name}")
         use_project_number(request)
+        self.refusals.rpc(method.service, method.name, service.resources, request)
         return service.call(method, request)
 
     # REST
@@ -163,6 +170,8 @@ class Cloud:
                 Host("storage.googleapis.com", Router(self.storage_routes)),
                 Host("{bucket}.storage.googleapis.com", Router(self.storage_routes)),
                 Host("bigquery.googleapis.com", Router(self.bigquery_routes)),
+                Host("logging.googleapis.com", Router(self.log_routes)),
+                Host("serviceusage.googleapis.com", Router(self.serviceusage_routes)),
                 Host(
                     "{host}.prediction.vertexai.goog", Router([Route("/{path:path}", self.call_rest, methods=["POST"])])
                 ),
@@ -266,16 +275,12 @@ def _with_number(text: str, field: str, top: bool) -> str:
     if project in (PROJECT, PROJECT_NUMBER, "-"):
         return f"projects/{PROJECT_NUMBER}{slash}{rest}"
     if top and field in ("name", "parent", "endpoint"):
-        raise errors.Refused(
-            StatusCode.PERMISSION_DENIED,
-            f"Permission denied on resource project {project}. The local cloud has one project, {PROJECT!r}: "
-            f"leave the project away, or use environment.connect(project={project!r}) for Google Cloud.",
-        )
+        raise errors.other_project(project)
     return text
 
 
 class Authorization:
-    """ASGI middleware: only a request with a good token comes further."""
+    """ASGI middleware: only a request with a good token comes further, and none that the project refuses."""
 
     OPEN_PATHS = ("/token", "/oauth2/v3/token", "/oauth2/v4/token")
 
@@ -289,12 +294,18 @@ class Authorization:
             await self.app(scope, receive, send)
             return
         self.cloud.last_work = time.monotonic()
-        header = next((value for key, value in scope["headers"] if key == b"authorization"), b"")
-        if scope["path"] in self.OPEN_PATHS or self.cloud.identity.allows(header.decode("latin-1")):
-            await self.app(scope, receive, send)
+        request = Request(scope)
+        try:
+            if request.url.path not in self.OPEN_PATHS:
+                if not self.cloud.identity.allows(request.headers.get("authorization", "")):
+                    raise errors.Refused(StatusCode.UNAUTHENTICATED, errors.NO_CREDENTIALS)
+                pays = "x-goog-user-project" in request.headers
+                self.cloud.refusals.rest(request.url.hostname or "", request.method, scope["path"], pays)
+        except errors.Refused as refusal:
+            status, kind, content = refusal_as_rest(refusal)
+            await Response(content, status, media_type=kind)(scope, receive, send)
             return
-        status, kind, content = refusal_as_rest(errors.Refused(StatusCode.UNAUTHENTICATED, errors.NO_CREDENTIALS))
-        await Response(content, status, media_type=kind)(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 def serve(folder: Path, proxy: str | None) -> int:

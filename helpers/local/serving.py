@@ -224,7 +224,8 @@ class ModelServer:
             folder = f"/gcs/{deployment.artifacts.relative_to(self.serving.buckets)}"
             command, args = ("python", "-m", "helpers.local.model_server", deployment.framework, folder), ()
         else:
-            environment = {**self.serving.environment(), **environment}
+            # Uvicorn, with which many servers are made, listens where this says, unless its server says otherwise.
+            environment = {"UVICORN_HOST": "127.0.0.1", **self.serving.environment(), **environment}
         return sandbox.Task(
             folder=self.serving.folder / deployment.id,
             command=[expand(word, environment) for word in (*command, *args)],

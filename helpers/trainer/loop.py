@@ -85,6 +85,14 @@ def epoch(network, optimizer, x, y, batch_size: int, seed: int, strategy) -> Cal
     return lambda number: float(run(tf.constant(number)))
 
 
+def history(folder: str) -> list[dict]:
+    """Return the errors of each epoch that is in the checkpoint of a folder, gs:// or not."""
+    import tensorflow as tf
+
+    with tf.io.gfile.GFile(f"{folder.rstrip('/')}/checkpoint.npz", "rb") as file, np.load(file) as saved:
+        return json.loads(str(saved["about"]))["history"]
+
+
 class Checkpoint:
     """One file in a folder, gs:// or not: all that a training needs to go on exactly as if nothing had happened.
 

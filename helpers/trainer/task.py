@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import signal
 
 from helpers import data, regression
 from helpers.trainer import loop
@@ -20,6 +21,7 @@ FOLDERS = {
     "checkpoint_dir": ("AIP_CHECKPOINT_DIR", "for what a task that was killed goes on from"),
     "log_dir": ("AIP_TENSORBOARD_LOG_DIR", "for TensorBoard"),
 }
+FREE = ("epochs", "preempt_at_epoch")  # what may change when a task is started again
 LASTING = ("gs://", "/gcs/", "/mnt/")  # what is still there when the machine of a job is gone
 JOB = ("CLOUD_ML_JOB_ID", "CLOUD_ML_PROJECT_ID", "CLUSTER_SPEC")  # any of them is set in every job
 
@@ -43,9 +45,10 @@ def main(arguments: list[str] | None = None):
 
     # Epoch after epoch, from where a killed task was. The primary worker writes for all.
     run_epoch = loop.epoch(network, optimizer, x, y, asked.batch_size, asked.seed, strategy)
-    settings = {name: value for name, value in vars(asked).items() if name not in ("epochs", *FOLDERS)}
+    settings = {name: value for name, value in vars(asked).items() if name not in (*FREE, *FOLDERS)}
     checkpoint = loop.Checkpoint(asked.checkpoint_dir, [*network.variables, *optimizer.variables], settings)
     history = checkpoint.restore()
+    is_new = not history
     report = reporter(asked, features.dataset.unit) if rank == 0 else lambda history: None
     if history:
         log(f"{len(history)} epochs were done before, says {checkpoint.file}")
@@ -56,6 +59,9 @@ def main(arguments: list[str] | None = None):
             raise FloatingPointError(f"epoch {number + 1} ends with {errors}: try a smaller --learning_rate")
         history.append(errors)
         report(history)
+        if is_new and len(history) == asked.preempt_at_epoch:
+            os.kill(os.getpid(), signal.SIGKILL)  # before the checkpoint is written: this epoch is lost
+            os._exit(128 + signal.SIGKILL)  # the first process of a container is safe from its own signals
         if rank == 0:
             checkpoint.save(history)
 
@@ -82,6 +88,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--units", type=whole, default=64, help="of each of the two hidden layers")
     add("--activation", default="relu")
     add("--seed", type=whole, default=1)
+    add("--preempt_at_epoch", type=whole, help="die there as a Spot VM does, unless a checkpoint was gone on from")
     for name, (variable, use) in FOLDERS.items():
         add(f"--{name}", default=os.environ.get(variable), help=f"{use}; by default {variable}")
     asked = parser.parse_args(arguments)
