@@ -34,7 +34,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if instances == ["status"]:
             return self.answer(body["parameters"]["status"], {"error": "as you like"})
         if instances == ["environment"]:
-            instances = [{key: value for key, value in os.environ.items() if key.startswith(("AIP_", "OWN_", "UVICORN_"))}]
+            told = ("AIP_", "OWN_", "UVICORN_")
+            instances = [{key: value for key, value in os.environ.items() if key.startswith(told)}]
         self.answer(200, {"predictions": [[os.environ.get("OWN_NAME", ""), instance] for instance in instances]})
     def log_message(self, *_):
         pass
