@@ -17,8 +17,10 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 # Matplotlib warns when building its list of fonts takes long, which happens once, in somebody's first figure.
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-# A lesson that compares networks traces a graph for each; TensorFlow takes that for a mistake in a loop.
-logging.getLogger("tensorflow").addFilter(lambda record: "triggered tf.function retracing" not in record.getMessage())
+# A lesson that compares networks traces a graph for each; TensorFlow takes that for a mistake in a loop. And in a
+# notebook it tells of each export in a red box.
+UNWANTED = ("triggered tf.function retracing", "Assets written to:")
+logging.getLogger("tensorflow").addFilter(lambda record: not any(words in record.getMessage() for words in UNWANTED))
 
 # Printed before TensorFlow reads its log level: on every machine that has no NVIDIA driver (303), each time.
 NOTICES = (b"before absl::InitializeLog()", b"Could not find cuda drivers", b"cuInit: UNKNOWN ERROR (303)")

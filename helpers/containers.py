@@ -25,13 +25,16 @@ from helpers import tables
 from helpers.facts import Facts
 
 PURPOSES = ("training", "prediction")
-BASE = "tensorflow/tensorflow:2.21.0"
+BASE = "docker.io/tensorflow/tensorflow:2.21.0"  # with its registry: podman has no default one
 SOON = 90  # days before its end in which an image warns
 SOURCE = Path(__file__).parent
 NOT_IN_IMAGES = ("local", "course", "__pycache__")  # parts of this package that no job and no endpoint needs
 # The package's own ranges (setup.cfg), of what runs in a container. TensorFlow comes with the base image.
 NEEDS = {
-    "training": ("keras>=3.13,<4", "pandas>=2.2,<4", "pyarrow>=18", "cloudml-hypertune>=0.1.0.dev6"),
+    "training": (
+        *("keras>=3.13,<4", "pandas>=2.2,<4", "pyarrow>=18", "cloudml-hypertune>=0.1.0.dev6"),
+        "tensorboard>=2.19",  # without it TensorFlow 2.21 writes no summaries
+    ),
     "prediction": ("google-cloud-aiplatform[prediction]>=2.7,<3", "starlette>=0.46", "uvicorn>=0.34"),
 }
 STARTS = {"training": "helpers.trainer.task", "prediction": "helpers.predictor"}
@@ -260,7 +263,7 @@ def dockerfile(purpose: str = "training", base: str = BASE, requirements: Sequen
     """
     tables.known("purpose", purpose, PURPOSES)
     if requirements is None:
-        framework = () if base.startswith("tensorflow/") else ("tensorflow>=2.20,<2.22",)
+        framework = () if "tensorflow/tensorflow" in base else ("tensorflow>=2.20,<2.22",)
         requirements = (*framework, *NEEDS[purpose])
     install = " ".join(shlex.quote(requirement) for requirement in requirements)
     lines = [

@@ -21,6 +21,7 @@ from helpers import containers, hardware, tables
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 VERTEX = "aiplatform.googleapis.com"
 LOGIN = "gcloud auth application-default login"
+USES = "roles/serviceusage.serviceUsageConsumer"
 APIS = {
     VERTEX: "training jobs, models and endpoints (Vertex AI, now Agent Platform)",
     "storage.googleapis.com": "the bucket that jobs read and write",
@@ -30,7 +31,7 @@ APIS = {
     "cloudbuild.googleapis.com": "building them",
 }
 PERMISSIONS = {  # of the course, by the smallest of Google's roles that gives them
-    "roles/serviceusage.serviceUsageConsumer": ("serviceusage.services.use", "serviceusage.services.get"),
+    USES: ("serviceusage.services.use", "serviceusage.services.get"),
     "roles/aiplatform.user": (
         "aiplatform.customJobs.create",
         "aiplatform.trainingPipelines.create",
@@ -61,6 +62,15 @@ MACHINE = "n1-standard-4"  # what the course trains and serves on
 METRICS = {"training": "custom_model_training_cpus", "prediction": "custom_model_serving_cpus"}
 DISK_GB = 2  # for what the lessons write
 SECONDS = 30  # within which a service answers
+
+
+class Refusal(Exception):  # noqa: N818 - it is an answer
+    """What a service of Google's says instead of an answer, in a sentence, with its HTTP status; 0 if it says none."""
+
+    def __init__(self, message: str, status: int = 0):
+        """Keep the first sentence: what follows it is advice, which is given here as a command."""
+        super().__init__(message.split(". ")[0])
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -156,22 +166,22 @@ class _Project:
         account = getattr(found, "service_account_email", "")
         user = getattr(found, "account", "") or "$(gcloud config get account)"
         self.member = f"serviceAccount:{account}" if account else f"user:{user}"
-        self.login = found
         self.session = AuthorizedSession(found)
         return Finding("credentials", "ok", self.member)
 
     def _ask(self, verb: str, url: str, **options) -> dict:
-        """Return the JSON that a service answers. Raises ConnectionError with its words if it refuses."""
-        import requests
+        """Return the JSON that a service answers. Raises Refusal if it refuses."""
+        from google.auth.exceptions import TransportError
+        from requests import RequestException
 
         try:
             answer = self.session.request(verb, url, timeout=SECONDS, **options)
-            if answer.ok:
-                return answer.json()
-            message = answer.json()["error"]["message"]
-        except (requests.RequestException, ValueError, KeyError) as error:
-            message = f"no answer that can be read: {error}"
-        raise ConnectionError(message)
+            content = answer.json()
+        except (RequestException, TransportError, ValueError) as error:
+            raise Refusal(f"no answer that can be read: {error}") from None
+        if not answer.ok:
+            raise Refusal(content["error"]["message"], answer.status_code)
+        return content
 
     def _enable(self, *apis: str) -> str:
         return f"gcloud services enable {' '.join(apis)} --project={self.project}"
@@ -180,18 +190,24 @@ class _Project:
         member = f'"{self.member}"' if "$" in self.member else self.member
         return f"gcloud projects add-iam-policy-binding {self.project} --member={member} --role={role}"
 
-    def _mend(self, message: str, api: str, role: str) -> str:
-        """Return what makes a service answer that has refused with a message."""
-        return self._enable(api) if "has not been used in project" in message else self._grant(role)
+    def _unanswered(self, name: str, refusal: Refusal, api: str, role: str) -> Finding:
+        """Return the finding for a service that has refused, with what makes it answer."""
+        command = ""
+        if "has not been used in project" in str(refusal):
+            command = self._enable(api)
+        elif "permission to use project" in str(refusal):
+            command = self._grant(USES)
+        elif refusal.status == 403:
+            command = self._grant(role)
+        return Finding(name, "missing", f"cannot be looked at: {refusal}", command)
 
     def apis(self) -> Finding:
         names = [("names", f"projects/{self.project}/services/{name}") for name in APIS]
         host = "serviceusage.googleapis.com"
         try:
             found = self._ask("GET", f"https://{host}/v1/projects/{self.project}/services:batchGet", params=names)
-        except ConnectionError as error:
-            role = "roles/serviceusage.serviceUsageConsumer"
-            return Finding("APIs", "missing", f"cannot be asked: {error}", self._mend(str(error), host, role))
+        except Refusal as refusal:
+            return self._unanswered("APIs", refusal, host, USES)
         enabled = {
             service["name"].rpartition("/")[2] for service in found.get("services", ()) if service["state"] == "ENABLED"
         }
@@ -207,9 +223,8 @@ class _Project:
         url = f"https://{host}/v3/projects/{self.project}:testIamPermissions"
         try:
             self.granted = set(self._ask("POST", url, json={"permissions": wanted}).get("permissions", ()))
-        except ConnectionError as error:
-            mend = self._mend(str(error), host, "roles/serviceusage.serviceUsageConsumer")
-            return [Finding("permissions", "missing", f"cannot be asked: {error}", mend)]
+        except Refusal as refusal:
+            return [self._unanswered("permissions", refusal, host, "roles/browser")]
         found = []
         for role, group in PERMISSIONS.items():
             if lacking := [permission for permission in group if permission not in self.granted]:
@@ -217,22 +232,19 @@ class _Project:
         return found or [Finding("permissions", "ok", f"all {len(wanted)} that the course needs")]
 
     def bucket(self, name: str) -> Finding:
-        from google.api_core import exceptions
-        from google.cloud import storage
-
         make = f"gcloud storage buckets create gs://{name} --project={self.project} --location={self.region}"
+        host = "storage.googleapis.com"
         try:
-            found = storage.Client(self.project, self.login).lookup_bucket(name, timeout=SECONDS)
-        except exceptions.GoogleAPIError as error:
-            mend = self._mend(str(error), "storage.googleapis.com", "roles/storage.admin")
-            return Finding("bucket", "missing", f"gs://{name} cannot be looked at: {error}", mend)
-        if found is None:
+            location = self._ask("GET", f"https://{host}/storage/v1/b/{name}")["location"].lower()
+        except Refusal as refusal:
+            if refusal.status != 404:
+                return self._unanswered("bucket", refusal, host, "roles/storage.admin")
             if "storage.buckets.create" in self.granted:
                 return Finding("bucket", "ok", f"gs://{name} is made by environment.connect, in {self.region}")
             return Finding("bucket", "missing", f"gs://{name} is not there, and you may not make it", make)
-        if found.location.lower() != self.region:
+        if location != self.region:
             text = (
-                f"gs://{name} is in {found.location.lower()}, and jobs in {self.region} need one in {self.region}. It "
+                f"gs://{name} is in {location}, and jobs in {self.region} need one in {self.region}. It "
                 "can be deleted only when it is empty"
             )
             return Finding("bucket", "missing", text, f"gcloud storage buckets delete gs://{name} && {make}")
@@ -265,7 +277,7 @@ class _Project:
         base = f"https://serviceusage.googleapis.com/v1beta1/projects/{self.project}/services/{VERTEX}"
         try:
             found = self._ask("GET", f"{base}/consumerQuotaMetrics/{quote(metric, safe='')}")
-        except ConnectionError:
+        except Refusal:
             return None
         buckets = [bucket for limit in found.get("consumerQuotaLimits", ()) for bucket in limit.get("quotaBuckets", ())]
         limits = {bucket.get("dimensions", {}).get("region", ""): bucket.get("effectiveLimit") for bucket in buckets}
@@ -291,7 +303,8 @@ def _images(project: str, region: str) -> list[Finding]:
         command = ""
         if not image.is_available():
             folder = f"output/{purpose}"
-            command = containers.build_commands(project, region, "course", purpose, "1", folder)[-1]
+            make, _, build = containers.build_commands(project, region, "course", purpose, "1", folder)
+            command = f"{make}; {build}"
             warning += f" Its folder: containers.context({folder!r}, {purpose!r})."
         state = "note" if warning else "ok"
         name = image.uri.rpartition("/")[2]

@@ -164,7 +164,7 @@ def test_check_refuses_in_words_that_say_what_to_do(uri, purpose, words):
 
 def test_dockerfile_starts_the_trainer_and_the_predictor():
     training = containers.dockerfile()
-    assert training.startswith("FROM tensorflow/tensorflow:2.21.0\n")
+    assert training.startswith("FROM docker.io/tensorflow/tensorflow:2.21.0\n")
     assert training.endswith('ENTRYPOINT ["python", "-m", "helpers.trainer.task"]\n')
     assert "cloudml-hypertune" in training
     serving = containers.dockerfile("prediction", base="python:3.12-slim")

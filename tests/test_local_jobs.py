@@ -182,7 +182,10 @@ def test_jobs_are_listed_filtered_and_deleted(job):
     ("pools", "words"),
     [
         ([pool(["true"], replicas=2)], "Chief spec replica count cannot be greater than 1|exactly one replica"),
-        ([{**pool(["true"]), "machine_spec": {"machine_type": "n1-standard-2"}}], "'n1-standard-2' is not supported"),
+        (
+            [{**pool(["true"]), "machine_spec": {"machine_type": "n1-standard-2"}}],
+            "Machine type n1-standard-2 is not supported",
+        ),
         ([pool(["true"], accelerator_type="NVIDIA_L4", accelerator_count=1)], 'Accelerator "NVIDIA_L4".*not supported'),
         ([pool(["true"], accelerator_type="NVIDIA_TESLA_T4")], "'accelerator_count' should be specified or none"),
         ([{**pool(["true"]), "disk_spec": {"boot_disk_size_gb": 50}}], "boot_disk_size_gb"),

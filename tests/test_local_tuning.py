@@ -278,7 +278,7 @@ def test_what_no_job_can_be_is_refused_before_it_runs(tune, parameter):
         r"parameters; Message: Required field": {"parameters": {}},
         r"To use grid search, all parameters must be": {"parameters": double, "search_algorithm": "grid"},
         r"TPUs are not supported for hyperparameter tuning": {"parameters": kinds, "machine": "ct5lp-hightpu-1t"},
-        r"Machine type 'n1-standard-3' is not supported": {"parameters": kinds, "machine": "n1-standard-3"},
+        r"Machine type n1-standard-3 is not supported": {"parameters": kinds, "machine": "n1-standard-3"},
     }
     for message, options in refused.items():
         with pytest.raises(exceptions.InvalidArgument, match=message):

@@ -1,8 +1,4 @@
-"""The prediction server beside the SDK's own server with the same model: both run, and are asked in turns.
-
-`python -m helpers.course.bench_predictor PORT CLIENTS SECONDS` is one round of clients, in a process of its own; each
-sends one row after another. It prints the requests a second and their median time in seconds.
-"""
+"""The prediction server beside the SDK's own server with the same model: both run, and are asked in turns."""
 
 import asyncio
 import contextlib
@@ -16,6 +12,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import uvloop
 from google.cloud.aiplatform.prediction import Predictor
 
 from helpers.course.bench import Row, duration, require_equal, verdict
@@ -79,9 +76,7 @@ def rows():
         for _ in range(TURNS):
             for clients, results in measured.items():
                 for port, result in zip(ports, results, strict=True):
-                    words = [sys.executable, "-m", __name__, str(port), str(clients), str(SECONDS)]
-                    run = subprocess.run(words, input=body, capture_output=True, check=True)
-                    result.append(json.loads(run.stdout))
+                    result.append(uvloop.run(one_round(port, clients, body)))
     lines = [line("one row in this process / the signature", *floor, 1)]
     for clients, results in measured.items():
         (_, ours), (_, reference) = (map(statistics.median, zip(*result, strict=True)) for result in results)
@@ -143,8 +138,9 @@ class Client(asyncio.Protocol):
 
     def __init__(self, body, until):
         """Send a request until a time."""
-        head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        self.request, self.until, self.times = head.encode() + b"\r\n\r\n" + body, until, []
+        head = "POST /predict HTTP/1.1", "Host: localhost", "Content-Type: application/json"
+        head = "\r\n".join([*head, f"Content-Length: {len(body)}", "", ""])
+        self.request, self.until, self.times = head.encode() + body, until, []
         self.end, self.answer = asyncio.get_running_loop().create_future(), b""
 
     def connection_made(self, transport):
@@ -173,17 +169,10 @@ class Client(asyncio.Protocol):
             self.end.set_result(None)
 
 
-async def round_of(port, clients, seconds, body):
+async def one_round(port, clients, body):
     """Return the requests a second of some clients, and the median seconds of a request."""
-    loop, until = asyncio.get_running_loop(), time.perf_counter() + seconds
+    loop, until = asyncio.get_running_loop(), time.perf_counter() + SECONDS
     made = [(await loop.create_connection(lambda: Client(body, until), "127.0.0.1", port))[1] for _ in range(clients)]
     await asyncio.gather(*(client.end for client in made))
     times = [seconds for client in made for seconds in client.times]
-    return len(times) / seconds, statistics.median(times)
-
-
-if __name__ == "__main__":
-    import uvloop
-
-    port, clients, seconds = sys.argv[1:]
-    print(json.dumps(uvloop.run(round_of(int(port), int(clients), float(seconds), sys.stdin.buffer.read()))))
+    return len(times) / SECONDS, statistics.median(times)

@@ -34,7 +34,7 @@ def machine(spec: Message, where: str, serving: bool = False) -> None:
     purpose = "prediction" if serving else "training"
     is_cpu = size.isdigit() and family in table["cpu"] and int(size) in table["cpu"][family][purpose]
     if not is_cpu and name not in table["gpu"] and name not in table["tpu"]:
-        raise invalid(f"Machine type {name!r} is not supported. See {table['source']} for the types that there are.")
+        raise invalid(f"Machine type {name} is not supported. See {table['source']} for the types that there are.")
     if bool(kind) != bool(count):
         raise invalid(
             f"List of found errors: 1.Field: {where}.accelerator_type; Message: Both 'accelerator_type' and "
@@ -52,7 +52,7 @@ def machine(spec: Message, where: str, serving: bool = False) -> None:
         fits, allowed = count in counts, f"{counts} of it" if counts else ""
     if not fits:
         advice = f"it takes {allowed}" if allowed else "GPUs go with n1, g2, g4, a2, a3 and a4 machines, each its own"
-        raise invalid(f'Accelerator "{kind}" (count {count}) is not supported for machine type "{name}": {advice}.')
+        raise invalid(f'Accelerator "{kind}" is not supported for machine type "{name}": found {count}, and {advice}.')
 
 
 def worker_pools(spec: Message, where: str = "job_spec.worker_pool_specs") -> None:

@@ -9,7 +9,7 @@ import logging
 import random
 import re
 import threading
-import time
+from datetime import UTC, datetime
 
 from google.protobuf.message import Message
 
@@ -47,7 +47,7 @@ class RequestLogs:
         row = {
             "endpoint": endpoint.name.rsplit("/", 1)[1],
             "deployed_model_id": deployed_id,
-            "logging_time": time.time(),
+            "logging_time": datetime.now(UTC).isoformat(),
             "request_id": new_id(),
             "request_payload": [json.dumps(instance) for instance in instances],
             "response_payload": [json.dumps(prediction) for prediction in predictions],

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
 import grpc
+from google.cloud.location import locations_pb2
 from google.iam.v1 import iam_policy_pb2
 from google.protobuf import json_format
 from google.protobuf.message import Message
@@ -37,6 +38,7 @@ TRANSPORTS = {
     ),
     "google.cloud.resourcemanager_v3.services": ("projects",),
 }
+PLAIN = (iam_policy_pb2, locations_pb2)  # whose messages the transports use as they are
 VERSION = re.compile(r"^/(?:v1beta1|ui)/")  # the SDK's REST client asks for operations under /ui
 THREADS = 96  # calls at a time, most of which wait: for a job to change, or for a model to answer
 
@@ -93,8 +95,8 @@ def methods() -> dict[str, Method]:
                     stub.fget(asked)
             for path, (kind, request, response) in recorder.calls.items():
                 owner, name = re.search(r"(\w+)/(\w+)$", path).groups()
-                if request is Message:  # a plain message's serializer does not tell whose it is; these are IAM's
-                    request = getattr(iam_policy_pb2, f"{name}Request")
+                if not hasattr(request, "DESCRIPTOR"):  # the serializer of a plain message does not tell whose it is
+                    request = next(vars(pb)[f"{name}Request"] for pb in PLAIN if f"{name}Request" in vars(pb))
                 rules = getattr(routes, f"_Base{name}", None)
                 http = rules._get_http_options() if hasattr(rules, "_get_http_options") else ()
                 table[path] = Method(owner, name, request, response, kind == "unary_stream", tuple(http))
