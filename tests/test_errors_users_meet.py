@@ -92,7 +92,7 @@ def test_no_project_and_no_such_region(cloud, monkeypatch):
     monkeypatch.setenv("CLOUDSDK_CONFIG", "/nowhere")
     for name in ("_project", "_credentials"):
         monkeypatch.setattr(initializer.global_config, name, None)
-    with pytest.raises(GoogleAuthError, match="Unable to find your project. Please provide a project ID by:"):
+    with pytest.raises(GoogleAuthError, match=r"Unable to find your project\. Please provide a project ID by:"):
         assert initializer.global_config.project
 
 
@@ -103,7 +103,9 @@ def test_an_api_that_is_disabled_and_a_permission_that_is_missing(refuse):
     refuse(disabled_apis=[api])
     with pytest.raises(PermissionDenied) as refused:
         job().run()
-    assert "Agent Platform API has not been used in project 123456789012 before or it is disabled. " in str(refused.value)
+    assert "Agent Platform API has not been used in project 123456789012 before or it is disabled. " in str(
+        refused.value
+    )
     assert f"https://console.developers.google.com/apis/api/{api}/overview?project=123456789012" in str(refused.value)
     assert f"gcloud services enable {api} --project=local-project" in str(refused.value)
     refuse(missing_permissions=["aiplatform.customJobs.create"])
@@ -170,7 +172,9 @@ def test_too_small_a_quota(refuse, machine, metric):
     refuse(quotas={metric: 0 if "16" not in machine["machine_type"] else 8})
     with pytest.raises(ResourceExhausted) as refused:
         job(**machine).run()
-    assert f"429 The following quota metrics exceed quota limits: aiplatform.googleapis.com/{metric}" in str(refused.value)
+    assert f"429 The following quota metrics exceed quota limits: aiplatform.googleapis.com/{metric}" in str(
+        refused.value
+    )
     assert "Ask for quota of the Agent Platform API" in str(refused.value)
     job().run()
 
@@ -234,7 +238,7 @@ def test_a_script_that_cannot_be_packaged(cloud, monkeypatch, tmp_path):
 def test_a_module_that_is_missing_is_in_the_last_lines_of_the_error(cloud):
     said = failure(python("import a_module_that_is_missing"))
     assert "The replica workerpool0-0 exited with a non-zero status of 1. Termination reason: Error." in said
-    assert "ModuleNotFoundError: No module named 'a_module_that_is_missing'" in said
+    assert re.search(r"ModuleNotFoundError: No module named .*a_module_that_is_missing", said)
 
 
 def test_a_replica_that_is_killed_ran_out_of_memory(cloud):
@@ -246,7 +250,7 @@ def test_variables_that_are_not_always_there(cloud, monkeypatch):
     """One replica has no TF_CONFIG, and a notebook no AIP_MODEL_DIR: what the trainer expects of both."""
     from helpers.trainer import loop, task
 
-    assert "KeyError: 'TF_CONFIG'" in failure(python("import os; os.environ['TF_CONFIG']"))
+    assert re.search(r"KeyError: .*TF_CONFIG", failure(python("import os; os.environ['TF_CONFIG']")))
     for name in ("TF_CONFIG", "AIP_MODEL_DIR", "CLUSTER_SPEC", "CLOUD_ML_JOB_ID", "CLOUD_ML_PROJECT_ID"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(KeyError, match="AIP_MODEL_DIR"):
@@ -287,18 +291,23 @@ def test_a_training_without_a_serving_image_makes_no_model(cloud, tmp_path, capl
 # Uploading and deploying
 
 
-def test_a_model_below_its_folder_is_not_found(cloud):
-    """As TensorFlow Serving wants its versions, in a folder 1/, and Vertex AI does not."""
+def test_a_model_below_its_folder_is_not_found(cloud, tmp_path):
+    """As TensorFlow Serving wants its versions, in a folder 1/, and Vertex AI does not: of a folder the SDK says so."""
+    from google.api_core.exceptions import FailedPrecondition
     from google.cloud import aiplatform, storage
 
+    def upload(uri):
+        image = "us-docker.pkg.dev/vertex-ai/prediction/tf2-cpu.2-15:latest"
+        aiplatform.Model.upload(display_name="versioned", artifact_uri=uri, serving_container_image_uri=image)
+
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1/saved_model.pb").touch()
+    with pytest.raises(ValueError, match="artifact_uri directory does not contain any supported model files"):
+        upload(str(tmp_path))
     bucket = storage.Client().bucket(cloud.bucket.removeprefix("gs://"))
     bucket.blob("versioned/1/saved_model.pb").upload_from_string(b"a model")
-    with pytest.raises(ValueError, match="artifact_uri directory does not contain any supported model files"):
-        aiplatform.Model.upload(
-            display_name="versioned",
-            artifact_uri=f"{cloud.bucket}/versioned",
-            serving_container_image_uri="us-docker.pkg.dev/vertex-ai/prediction/tf2-cpu.2-15:latest",
-        )
+    with pytest.raises(FailedPrecondition, match=r"which have to be directly in it: saved_model\.pb"):
+        upload(f"{cloud.bucket}/versioned")
 
 
 def test_the_storage_uri_of_a_container_is_no_path(cloud):
@@ -362,16 +371,23 @@ def test_only_python_numbers_travel(endpoint):
     import numpy as np
 
     row = np.float32([1.5, 2.5])
-    with pytest.raises(TypeError, match="ndarray|float32"):
+    with pytest.raises(TypeError, match=r"ndarray|float32"):
         endpoint.predict(instances=[row])
     assert endpoint.predict(instances=[row.tolist()]).predictions == [[1.5, 2.5]]
     body = json.dumps({"instances": [row.tolist()]}).encode()
     assert endpoint.raw_predict(body, {"Content-Type": "application/json"}).json()["predictions"] == [[1.5, 2.5]]
 
 
-def test_a_shared_endpoint_has_no_host_of_its_own(endpoint):
-    with pytest.raises(ValueError, match="Dedicated endpoint DNS is empty. Please make sure endpoint"):
-        endpoint.predict(instances=[1], use_dedicated_endpoint=True)
+def test_a_dedicated_endpoint_has_its_host_when_a_model_is_there(endpoint):
+    """As the SDK reads it before a model is deployed; it is there when the endpoint is read again after that."""
+    from google.cloud import aiplatform
+
+    early = aiplatform.Endpoint.create("early", dedicated_endpoint_enabled=True)
+    with pytest.raises(ValueError, match=r"Dedicated endpoint DNS is empty\. Please make sure endpoint"):
+        early.predict(instances=[1])
+    aiplatform.Model(endpoint.list_models()[0].model).deploy(endpoint=early, **MACHINE)
+    assert aiplatform.Endpoint(early.resource_name).predict(instances=[1]).predictions == [1]
+    early.delete(force=True)
 
 
 # Traffic

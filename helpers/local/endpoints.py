@@ -60,13 +60,11 @@ class EndpointService(Service):
                 self._start(endpoint, deployed)
 
     def created(self, endpoint: Message) -> None:
-        """Give a dedicated endpoint its host name, and refuse to log requests where that is not possible."""
+        """Begin with no model and no host name, and refuse to log requests where that is not possible."""
         del endpoint.deployed_models[:]
+        endpoint.dedicated_endpoint_dns = ""  # it is there with the first model
         if endpoint.predict_request_response_logging_config.enabled:
             request_logs.destination(endpoint)
-        if endpoint.dedicated_endpoint_enabled:
-            region, number = endpoint.name.split("/")[3], endpoint.name.rsplit("/", 1)[1]
-            endpoint.dedicated_endpoint_dns = f"{number}.{region}-{PROJECT_NUMBER}.prediction.vertexai.goog"
 
     def deploy_model(self, request: Message) -> Message:
         """Start serving a model; done when its server is healthy."""
@@ -102,6 +100,10 @@ class EndpointService(Service):
                     self._refer(deployed, request.endpoint)
                     with self.store.change(request.endpoint) as changed:
                         changed.deployed_models.append(deployed)
+                        if changed.dedicated_endpoint_enabled:
+                            region, number = changed.name.split("/")[3], changed.name.rsplit("/", 1)[1]
+                            host = f"{number}.{region}-{PROJECT_NUMBER}.prediction.vertexai.goog"
+                            changed.dedicated_endpoint_dns = host
                         if split:
                             changed.traffic_split.clear()
                             changed.traffic_split.update(split)
