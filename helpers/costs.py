@@ -136,6 +136,32 @@ def workbench(machine_type: str, hours: float = HOURS_A_MONTH, region: str = "us
     )
 
 
+def automl(node_hours: float, kind: str = "tabular", region: str = "us-central1") -> Estimate:
+    """Return what AutoML costs that spends its whole budget of node hours. Raises ValueError for less than it takes."""
+    prices = tables.read("prices")
+    price = prices["automl"][tables.known("kind of AutoML", kind, prices["automl"])]
+    if node_hours < price["least_node_hours"]:
+        raise ValueError(f"AutoML ({kind}) takes {price['least_node_hours']} node hours or more, not {node_hours}")
+    is_known = region == prices["region"]
+    return Estimate(
+        machines=f"AutoML ({kind}) in {region}, in node hours",
+        hours=node_hours,
+        hourly=price["usd"] if is_known else None,
+        date=tables.day(price["date"]) if is_known else None,
+    )
+
+
+def bigquery(read: int, statement: str = "query") -> float:
+    """Return the price, in US dollars, of a statement of BigQuery that reads so many bytes of a table, on demand.
+
+    `statement` is "query", as ML.EVALUATE and ML.PREDICT are, or "CREATE MODEL" of a model that BigQuery trains itself,
+    such as linear regression. What Vertex AI trains for it, such as boosted trees, costs a query and that training.
+    """
+    prices = tables.read("prices")
+    price = prices["bigquery_per_tib"][tables.known("statement", statement, prices["bigquery_per_tib"])]
+    return price["usd"] * max(read, prices["bigquery_least_mb"] * 2**20) / 2**40
+
+
 # What runs
 
 

@@ -26,6 +26,7 @@ APIS = {
     VERTEX: "training jobs, models and endpoints (Vertex AI, now Agent Platform)",
     "storage.googleapis.com": "the bucket that jobs read and write",
     "bigquery.googleapis.com": "tables and BigQuery ML",
+    "logging.googleapis.com": "what jobs print",
     "cloudresourcemanager.googleapis.com": "the SDK, which asks for the project's number",
     "artifactregistry.googleapis.com": "containers of your own",
     "cloudbuild.googleapis.com": "building them",
@@ -51,6 +52,7 @@ PERMISSIONS = {  # of the course, by the smallest of Google's roles that gives t
         "storage.objects.delete",
     ),
     "roles/bigquery.user": ("bigquery.jobs.create", "bigquery.datasets.create"),
+    "roles/logging.viewer": ("logging.logEntries.list",),
     "roles/iam.serviceAccountUser": ("iam.serviceAccounts.actAs",),
     "roles/artifactregistry.admin": (
         "artifactregistry.repositories.create",

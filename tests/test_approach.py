@@ -171,3 +171,29 @@ def test_what_is_retired_is_not_offered():
     for entry in TABLE["retired"]:
         if entry.get("option") and tables.day(entry["ends"]) <= date.today():
             assert entry["option"] not in TABLE["tasks"][entry["task"]]
+
+
+# How much work it is
+
+
+def test_effort_is_that_of_the_cell_before(capsys):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    with pytest.raises(RuntimeError, match="none runs here"):
+        approach.Effort()
+    notebook = InteractiveShell.instance()
+    try:
+        notebook.user_ns["approach"] = approach
+        for cell in (
+            "effort = approach.Effort()",
+            "# why\nimport time\n\ntime.sleep(0.2)",
+            "found = effort.last_cell",
+        ):
+            notebook.run_cell(cell)
+        assert notebook.user_ns["found"]["lines"] == 2
+        assert notebook.user_ns["found"]["seconds"] >= 0.2
+        notebook.run_cell("after = effort.last_cell")
+        assert notebook.user_ns["after"]["lines"] == 1
+        assert "".join(capsys.readouterr()) == "", "no callback of it fails"
+    finally:
+        InteractiveShell.clear_instance()

@@ -62,9 +62,27 @@ def test_a_workbench_instance_costs_its_machine_and_the_fee():
     assert "unknown here" in repr(costs.workbench("e2-standard-4"))
 
 
+def test_automl_costs_its_budget():
+    assert costs.automl(2).total == pytest.approx(42.504)
+    assert "2 h: $42.50" in repr(costs.automl(2))
+    assert costs.automl(8, "image classification").total == pytest.approx(27.72)
+    assert costs.automl(1, region="europe-west4").total is None
+    with pytest.raises(ValueError, match="takes 1 node hours or more"):
+        costs.automl(0.5)
+    with pytest.raises(ValueError, match="Did you mean 'tabular'"):
+        costs.automl(1, "tabula")
+
+
+def test_bigquery_costs_what_it_reads_and_10_mb_at_least():
+    assert costs.bigquery(2**40) == 6.25
+    assert costs.bigquery(2**40, "CREATE MODEL") == 312.5
+    assert costs.bigquery(1) == costs.bigquery(10 * 2**20) < costs.bigquery(11 * 2**20)
+
+
 def test_all_prices_have_a_day_and_a_machine():
     prices, machines = tables.read("prices"), tables.read("machines")
-    kinds = [prices[name] for name in ("training", "training_accelerator", "prediction", "automl", "per_gb_month")]
+    names = ("training", "training_accelerator", "prediction", "automl", "bigquery_per_tib", "per_gb_month")
+    kinds = [prices[name] for name in names]
     for price in (price for kind in kinds for price in kind.values()):
         assert price["usd"] > 0
         assert tables.day(price["date"]) <= tables.day(prices["date"])

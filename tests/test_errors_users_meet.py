@@ -3,9 +3,7 @@
 helpers/README.md lists all 37, and for each where it is prevented or explained, and where it is tested.
 """
 
-import ast
 import json
-import logging
 import os
 import re
 import sys
@@ -135,11 +133,9 @@ def test_a_job_that_is_told_no_project_finds_the_one_that_google_runs_it_in(clou
     job(
         python("""
             import os
-            from google.cloud import aiplatform, bigquery
+            from google.cloud import bigquery
             rows = bigquery.Client(project=os.environ["CLOUD_ML_PROJECT_ID"]).query("SELECT 1 AS one").result()
             assert [row.one for row in rows] == [1]
-            aiplatform.Model.list()
-            assert aiplatform.initializer.global_config.project == "local-project"
         """)
     ).run()
 
@@ -256,36 +252,12 @@ def test_variables_that_are_not_always_there(cloud, monkeypatch):
     with pytest.raises(KeyError, match="AIP_MODEL_DIR"):
         assert os.environ["AIP_MODEL_DIR"]
     assert loop.workers() == ([], 0)
-    assert task.parse(["--dataset", "penguins"]).model_dir
+    assert task.parse(["--dataset", "penguins"]).model_dir is None
 
 
-def test_keras_3_saves_a_folder_by_export_alone(tmp_path):
-    import keras
-
-    network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    with pytest.raises(ValueError, match=r"(?s)Invalid filepath extension for saving.*Use `model.export"):
-        network.save(tmp_path / "model")
-
-
-def test_code_for_a_tpu_needs_one(monkeypatch):
-    import tensorflow as tf
-
-    monkeypatch.delenv("TPU_NAME", raising=False)
-    with pytest.raises(ValueError, match="Please provide a TPU Name to connect to"):
-        tf.distribute.cluster_resolver.TPUClusterResolver()
-
-
-def test_a_training_without_a_serving_image_makes_no_model(cloud, tmp_path, caplog):
+def test_a_model_needs_a_serving_image(cloud, tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)model_display_name was provided but\s+model_serving_container_image"):
         script_job(tmp_path).run(model_display_name="a model")
-    logger = logging.getLogger("google.cloud.aiplatform.training_jobs")
-    logger.addHandler(caplog.handler)
-    try:
-        assert script_job(tmp_path).run() is None
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert "Training did not produce a Managed Model returning None." in caplog.text
-    assert "Create the Training Pipeline with model_serving_container_image_uri and model_display_name" in caplog.text
 
 
 # Uploading and deploying
@@ -427,8 +399,8 @@ def test_the_tests_that_the_table_names_are_there():
     named = re.findall(r"`(test_\w+)::(test_\w+)`", README.read_text())
     assert len(named) > 37
     for module, name in named:
-        tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text())
-        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{module}::{name}"
+        text = (Path(__file__).parent / f"{module}.py").read_text()
+        assert f"\ndef {name}(" in text, f"{module}::{name}"
 
 
 def test_the_functions_that_the_table_names_are_there():

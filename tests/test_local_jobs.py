@@ -270,7 +270,7 @@ def test_a_training_that_saves_its_model_elsewhere_says_so(tmp_path):
         made.run(model_display_name="nothing")
 
 
-def test_a_custom_container_job_installs_its_package_by_pip(cloud, tmp_path):
+def test_a_custom_container_job_installs_its_package_by_pip(cloud, tmp_path, caplog):
     """The SDK wraps a script for an image of one's own in `pip install --upgrade pip && pip3 install --user ...`."""
     from google.cloud import aiplatform
 
@@ -280,6 +280,8 @@ def test_a_custom_container_job_installs_its_package_by_pip(cloud, tmp_path):
         display_name="own image", script_path=str(script), container_uri="us-central1-docker.pkg.dev/p/r/own:1"
     )
     assert made.run() is None
+    assert "Training did not produce a Managed Model returning None." in caplog.text
+    assert "Create the Training Pipeline with model_serving_container_image_uri and model_display_name" in caplog.text
     assert made.state.name == "PIPELINE_STATE_SUCCEEDED"
 
 

@@ -89,3 +89,19 @@ def test_train_changes_nothing_but_the_time_against_plain_keras(penguins):
     plain.fit(regression.batches(x, y, 32, seed=5), epochs=3, shuffle=False, verbose=0)
     for first, second in zip(ours.get_weights(), plain.get_weights(), strict=True):
         np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
+
+
+def test_keras_3_saves_a_folder_by_export_alone(tmp_path):
+    import keras
+
+    network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match=r"(?s)Invalid filepath extension for saving.*Use `model.export"):
+        network.save(tmp_path / "model")
+
+
+def test_code_for_a_tpu_needs_one(monkeypatch):
+    import tensorflow as tf
+
+    monkeypatch.delenv("TPU_NAME", raising=False)
+    with pytest.raises(ValueError, match=r"Please provide a TPU Name to connect to\."):
+        tf.distribute.cluster_resolver.TPUClusterResolver()

@@ -128,27 +128,31 @@ def run_refresh(root, everything, chosen):
     from helpers.course import execute
 
     url = lessons.home(root)
-    notebooks = {lesson: nbformat.read(lesson.path, 4) for lesson in everything}
+
+    def synced(lesson, path):
+        notebook = nbformat.read(path, 4)
+        lessons.sync(notebook, lesson, everything, url)
+        return nbformat.from_dict(notebook)
+
     with tempfile.TemporaryDirectory() as scratch:
-        orders = {}
-        for lesson, notebook in notebooks.items():
-            lessons.sync(notebook, lesson, everything, url)
-            notebooks[lesson] = nbformat.from_dict(notebook)
-            if lesson in chosen:
-                copy = Path(scratch, lesson.path.name)
-                nbformat.write(notebooks[lesson], copy)
-                orders[lesson] = {"notebook": str(copy), "folder": str(lesson.path.parent), "result": str(copy)}
+        orders, notebooks = {}, {}
+        for lesson in chosen:
+            copy = Path(scratch, lesson.path.name)
+            nbformat.write(synced(lesson, lesson.path), copy)
+            orders[lesson] = {"notebook": str(copy), "folder": str(lesson.path.parent), "result": str(copy)}
         runs = execute.execute(orders)
         for run in runs:
-            if run.failure:
-                del notebooks[run.lesson]
-            else:
+            if not run.failure:
                 executed = nbformat.read(orders[run.lesson]["result"], 4)
                 keep_close(executed.metadata.course, run.lesson.seconds)
                 lessons.sync(executed, run.lesson, everything, url)
                 notebooks[run.lesson] = executed
-    for lesson, notebook in notebooks.items():
-        text = nbformat.writes(notebook) + "\n"
+    for lesson in everything:
+        if lesson not in chosen:  # read only now: its author may have written while the others ran
+            notebooks[lesson] = synced(lesson, lesson.path)
+        elif lesson not in notebooks:
+            continue
+        text = nbformat.writes(notebooks[lesson]) + "\n"
         if text != lesson.path.read_text(encoding="utf-8"):
             lesson.path.write_text(text, encoding="utf-8")
             print(f"{lesson.name}: written")

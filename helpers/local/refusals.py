@@ -30,6 +30,7 @@ TITLES = {
     "aiplatform.googleapis.com": "Agent Platform API",
     "bigquery.googleapis.com": "BigQuery API",
     "cloudresourcemanager.googleapis.com": "Cloud Resource Manager API",
+    "logging.googleapis.com": "Cloud Logging API",
     "serviceusage.googleapis.com": "Service Usage API",
     "storage.googleapis.com": "Cloud Storage API",
 }
@@ -46,6 +47,7 @@ PERMISSIONS = (
     ("DELETE", r"/storage/v1/b/[^/]+/o/.+", "storage.objects.delete"),
     ("POST", r"(/upload)?/bigquery/v2/projects/[^/]+/(jobs|queries)", "bigquery.jobs.create"),
     ("POST", r"/bigquery/v2/projects/[^/]+/datasets", "bigquery.datasets.create"),
+    ("POST", r"/v2/entries:list", "logging.logEntries.list"),
     ("GET", r"/v1/projects/[^/]+/services.*", "serviceusage.services.get"),
     ("GET", r"/v1beta1/projects/[^/]+/services/.+/consumerQuotaMetrics/.+", "serviceusage.quotas.get"),
     ("POST", r"/v1(beta1)?/.+/endpoints/[^/]+:(raw|streamRaw)Predict", "aiplatform.endpoints.predict"),
