@@ -360,7 +360,7 @@ def retired(on: date | None = None):
 class Effort:
     """Watches a notebook: how many lines each cell has that runs after this, and how many seconds it takes.
 
-    Made in one cell and asked in later ones: `last_cell` is the cell that ran before the one that asks.
+    `cells` has an entry for each, the latest last: a cell that asks finds the one before it at the end.
     """
 
     def __init__(self):
@@ -370,7 +370,7 @@ class Effort:
         notebook = get_ipython()
         if notebook is None:
             raise RuntimeError("Effort watches the cells of a notebook, and none runs here")
-        self.last_cell = {}
+        self.cells = []
         self._started = time.perf_counter()  # the end of this very cell is seen too
         notebook.events.register("pre_run_cell", self._begin)
         notebook.events.register("post_run_cell", self._end)
@@ -381,4 +381,4 @@ class Effort:
     def _end(self, result) -> None:
         lines = [line.strip() for line in result.info.raw_cell.splitlines()]
         code = [line for line in lines if line and not line.startswith(("#", "--"))]  # comments of Python and of SQL
-        self.last_cell = {"lines": len(code), "seconds": round(time.perf_counter() - self._started, 1)}
+        self.cells.append({"lines": len(code), "seconds": round(time.perf_counter() - self._started, 1)})

@@ -176,7 +176,7 @@ def test_what_is_retired_is_not_offered():
 # How much work it is
 
 
-def test_effort_is_that_of_the_cell_before(capsys):
+def test_effort_is_that_of_the_cells_before(capsys):
     from IPython.core.interactiveshell import InteractiveShell
 
     with pytest.raises(RuntimeError, match="none runs here"):
@@ -187,13 +187,14 @@ def test_effort_is_that_of_the_cell_before(capsys):
         for cell in (
             "effort = approach.Effort()",
             "# why\nimport time\n\ntime.sleep(0.2)",
-            "found = effort.last_cell",
+            "before = effort.cells[-1]",
+            "two_before = effort.cells[-2]",
         ):
             notebook.run_cell(cell)
-        assert notebook.user_ns["found"]["lines"] == 2
-        assert notebook.user_ns["found"]["seconds"] >= 0.2
-        notebook.run_cell("after = effort.last_cell")
-        assert notebook.user_ns["after"]["lines"] == 1
+        found = notebook.user_ns
+        assert found["before"] is found["two_before"]
+        assert found["before"]["lines"] == 2
+        assert found["before"]["seconds"] >= 0.2
         assert "".join(capsys.readouterr()) == "", "no callback of it fails"
     finally:
         InteractiveShell.clear_instance()

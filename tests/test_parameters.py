@@ -14,6 +14,7 @@ SETS = {
     "03_climb_the_tensorflow_stack": [{"seed": 7}],
     "04_create_compile_fit": [{"epochs": 5, "seed": 3}, {"dataset": "penguins", "epochs": 40}],
     "05_choose_activations_losses_optimizers": [{"epochs": 6, "seed": 2}],
+    "08_deploy_and_predict": [{"region": "europe-west4", "epochs": 5, "seed": 2}],
 }
 
 # papermill changes the working folder of its process, so each run has a process of its own. It ignores a parameter

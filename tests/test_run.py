@@ -240,6 +240,17 @@ def test_refresh_stores_outputs_and_writes_nothing_twice(tmp_path):
     assert paths[0].read_text() == text
 
 
+def test_refresh_keeps_what_is_written_to_other_lessons_meanwhile(tmp_path):
+    edit = "import pathlib; two = pathlib.Path('02_two.ipynb'); two.write_text(two.read_text().replace('old', 'new'))"
+    root = miniature.make(tmp_path / "root", one=[edit], two=["'old'"])
+    assert miniature.call(root, "refresh", "--here", "1").returncode == 0
+    two = nbformat.read(root / "notebooks/02_two.ipynb", 4)
+    assert [cell.source for cell in two.cells if cell.id in ("cell-0", "navigation")] == [
+        "'new'",
+        "Previous: [One](01_one.ipynb)",
+    ]
+
+
 @pytest.fixture
 def three(tmp_path):
     """The lessons of a course of three, and the notebook of the second."""
