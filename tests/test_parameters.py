@@ -10,6 +10,7 @@ from rules import ROOT
 from helpers.course import lessons
 
 SETS = {
+    "01_choose_how_to_build": [{"region": "europe-west4", "epochs": 6, "seed": 3}],
     "02_choose_where_to_run": [{"region": "europe-west4", "machine_type": "e2-standard-4", "epochs": 5}],
     "03_climb_the_tensorflow_stack": [{"seed": 7}],
     "04_create_compile_fit": [{"epochs": 5, "seed": 3}, {"dataset": "penguins", "epochs": 40}],

@@ -110,6 +110,17 @@ def test_killed_and_started_again_it_ends_with_the_same_model(undisturbed, tmp_p
     assert (tmp_path / "model/saved_model.pb").exists()
 
 
+def test_a_task_that_plays_a_preemption_does_so_once(undisturbed, tmp_path):
+    arguments = [f"--checkpoint_dir={tmp_path}", "--preempt_at_epoch=3"]
+    killed = start(arguments)
+    killed.communicate(timeout=180)
+    assert killed.returncode == -signal.SIGKILL
+    expected = json.loads(str(checkpoint(undisturbed[1] / "checkpoint_dir")["about"]))["history"]
+    assert loop.history(str(tmp_path)) == expected[:2]
+    finish(start(arguments))
+    assert loop.history(str(tmp_path)) == expected
+
+
 def test_two_workers_learn_what_one_learns(undisturbed, tmp_path):
     cluster = {"chief": [f"127.0.0.1:{free_port()}"], "worker": [f"127.0.0.1:{free_port()}"]}
     arguments = [f"--{name}={tmp_path / name}" for name in ("model_dir", "checkpoint_dir")]
