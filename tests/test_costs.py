@@ -1,6 +1,7 @@
 """Prices that are seen or unknown, what runs, what is left, and a clean-up that outlives what it cleans up after."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +11,26 @@ import time
 import psutil
 import pytest
 
-from helpers import costs, tables
+from helpers import costs, environment, tables
+from helpers.local import client
 
 IMAGE = "us-docker.pkg.dev/vertex-ai/training/tf-cpu.2-17.py310:latest"
 SERVING = "us-docker.pkg.dev/vertex-ai/prediction/sklearn-cpu.1-6:latest"
 PATIENCE = 120  # seconds in which anything here ends
 SLEEP = ["python3", "-c", "import time; time.sleep(300)"]
+
+
+@pytest.fixture(scope="module")
+def cloud(cloud):
+    """Return the shared local cloud with nothing in it: only its keys and its port stay."""
+    place = client.folder()
+    client.stop(place)
+    for path in place.iterdir():
+        if path.is_dir() and path.name != "identity":
+            shutil.rmtree(path)
+        elif path.name not in ("identity", "server.json", "server.lock"):
+            path.unlink()
+    return environment.connect()
 
 
 def pool(command=SLEEP, machine="n1-standard-4", replicas=1):
