@@ -27,12 +27,17 @@ def kernel_of(last, then=""):
 
 
 def left(cloud):
-    """Return what is there: what is billed, the names of endpoints, models and jobs, and those of data sets."""
-    from google.cloud import aiplatform, bigquery
+    """Return what is there of the lesson: what is billed by the hour, resources, data sets and objects."""
+    from google.cloud import aiplatform, bigquery, storage
 
     made = [*aiplatform.Endpoint.list(), *aiplatform.Model.list(), *aiplatform.BatchPredictionJob.list()]
     datasets = [dataset.dataset_id for dataset in bigquery.Client(project=cloud.project).list_datasets()]
-    return costs.remaining(cloud.project, cloud.region, cloud.bucket), [item.display_name for item in made], datasets
+    return (
+        {item.kind for item in costs.running(cloud.project, cloud.region) if item.name == "lesson-08"},
+        sorted(type(item).__name__ for item in made if item.display_name == "lesson-08"),
+        [name for name in datasets if name == "lesson_08"],
+        list(storage.Client().list_blobs(cloud.bucket.removeprefix("gs://"), prefix="lesson-08/")),
+    )
 
 
 def eventually_nothing(cloud):
@@ -48,10 +53,10 @@ def test_a_kernel_that_is_killed_leaves_nothing(cloud):
     with kernel.setup_kernel():
         for place, cell in enumerate(kernel.nb.cells):
             kernel.execute_cell(cell, place)
-        billed, names, datasets = left(cloud)
-        assert "endpoint" in {item.kind for item in billed.running}
-        assert billed.objects
-        assert (names, datasets) == (["lesson-08"] * 3, ["lesson_08"])
+        billed, made, datasets, objects = left(cloud)
+        assert "endpoint" in billed
+        assert (made, datasets) == (["BatchPredictionJob", "Endpoint", "Model"], ["lesson_08"])
+        assert objects
         os.kill(kernel.km.provisioner.pid, signal.SIGKILL)
         eventually_nothing(cloud)
 

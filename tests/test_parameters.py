@@ -1,6 +1,7 @@
 """A lesson runs to its end with other parameters than its own: what the learner is invited to try."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from rules import ROOT
 
 from helpers.course import lessons
+from helpers.environment import fresh_local_cloud
 
 SETS = {
     "01_choose_how_to_build": [{"region": "europe-west4", "epochs": 6, "seed": 3}],
@@ -28,6 +30,16 @@ import papermill
 source, target, parameters = sys.argv[1:]
 papermill.execute_notebook(source, target, json.loads(parameters), cwd="notebooks", progress_bar=False)
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def other_cloud():
+    """Let the lessons run here beside the same lessons elsewhere, which have the other local cloud to themselves."""
+    before = os.environ.pop("LOCAL_CLOUD_FOLDER", None)
+    with fresh_local_cloud():
+        yield
+    if before is not None:
+        os.environ["LOCAL_CLOUD_FOLDER"] = before
 
 
 def test_every_lesson_has_other_parameters():

@@ -30,7 +30,7 @@ setup(
     name="course_trainer",
     version="0.1",
     python_requires=">=3.10",  # of the prebuilt training images
-    install_requires=["cloudml-hypertune", "pandas>=2", "pyarrow"],  # an image brings TensorFlow and Keras
+    install_requires=["cloudml-hypertune", "pandas>=2", "pyarrow", "tensorboard"],  # images bring TensorFlow and Keras
     packages=["helpers", "helpers.datasets", "helpers.trainer"],
     package_data={"helpers.datasets": ["*"]},
 )
