@@ -10,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import echo_server
 import pytest
 
 from helpers.local import client
@@ -302,24 +303,6 @@ def test_the_storage_uri_of_a_container_is_no_path(cloud):
 
 # Predicting
 
-ECHO = """
-import http.server, json, os
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.answer({})
-    def do_POST(self):
-        self.answer({"predictions": json.loads(self.rfile.read(int(self.headers["Content-Length"])))["instances"]})
-    def answer(self, content):
-        body = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-    def log_message(self, *_):
-        pass
-http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["AIP_HTTP_PORT"])), Handler).serve_forever()
-"""
-
 
 @pytest.fixture(scope="module")
 def endpoint(cloud):
@@ -329,7 +312,7 @@ def endpoint(cloud):
     model = aiplatform.Model.upload(
         display_name="echo",
         serving_container_image_uri=OWN,
-        serving_container_command=[sys.executable, "-c", ECHO],
+        serving_container_command=[sys.executable, "-c", echo_server.SOURCE],
     )
     endpoint = aiplatform.Endpoint.create("echo")
     model.deploy(endpoint=endpoint, deployed_model_display_name="first", **MACHINE)

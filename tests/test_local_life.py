@@ -7,28 +7,10 @@ import subprocess
 import sys
 import time
 
+import echo_server
 import psutil
 
 from helpers.local import client
-
-STATES = "PIPELINE_STATE_", "JOB_STATE_"
-SERVER = """
-import http.server, json, os
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.answer({})
-    def do_POST(self):
-        self.answer({"predictions": json.loads(self.rfile.read(int(self.headers["Content-Length"])))["instances"]})
-    def answer(self, content):
-        body = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-    def log_message(self, *_):
-        pass
-http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["AIP_HTTP_PORT"])), Handler).serve_forever()
-"""
 
 
 def job(command):
@@ -62,7 +44,10 @@ def done(cloud, operation):
 
 def deployed(cloud):
     """Deploy a server of one's own; return the endpoint's path."""
-    container = {"imageUri": "us-central1-docker.pkg.dev/p/r/own:1", "command": [sys.executable, "-c", SERVER]}
+    container = {
+        "imageUri": "us-central1-docker.pkg.dev/p/r/own:1",
+        "command": [sys.executable, "-c", echo_server.SOURCE],
+    }
     model = done(
         cloud, cloud.vertex("POST", "models:upload", json={"model": {"displayName": "m", "containerSpec": container}})
     )

@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2
 
 from helpers.local import errors
+from helpers.local.service import Service
 from helpers.local.store import Store
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,46 @@ class Background:
         self._closing = True
         for control in list(self.controls.values()):
             control.cancel()
+
+
+class BackgroundService(Service):
+    """A service whose resources are jobs of one kind of life."""
+
+    states = None  # the enumeration of their states
+    prefix = ""  # with which the names of the states begin
+
+    def __init__(self, cloud):
+        """Serve a cloud."""
+        super().__init__(cloud)
+        self.background = Background(self.store, self.states, self.prefix)
+
+    def restore(self) -> None:
+        """Report what a killed server left running."""
+        for collection in self.resources.values():
+            self.background.interrupt(collection)
+
+    def is_busy(self) -> bool:
+        """Say whether a job runs."""
+        return bool(self.background.controls)
+
+    def close(self) -> None:
+        """Stop all jobs."""
+        self.background.close()
+
+    def get(self, kind: str, request: Message) -> Message:
+        """Return a job, waiting a little for a client that polls."""
+        self.check_name(kind, request.name)
+        return self.background.read(request.name)
+
+    def delete(self, kind: str, request: Message) -> Empty:
+        """Delete a job that has ended."""
+        self.check_name(kind, request.name)
+        return self.background.delete(request.name)
+
+    def cancel(self, request: Message) -> Empty:
+        """Cancel a job."""
+        self.background.cancel(request.name)
+        return Empty()
 
 
 def _outcome(work: Callable[[], None], name: str) -> tuple[str, tuple[int, str] | None]:

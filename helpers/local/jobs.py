@@ -1,17 +1,14 @@
 """JobService: custom jobs, and the door to tuning and batch prediction, which have modules of their own."""
 
 from google.cloud.aiplatform_v1 import types
-from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
 from helpers.local import batch, runner, tuning
-from helpers.local.background import Background
-from helpers.local.service import Service, location_of
-
-CustomJob = types.CustomJob.pb()
+from helpers.local.background import BackgroundService
+from helpers.local.service import location_of
 
 
-class JobService(Service):
+class JobService(BackgroundService):
     """Jobs that are not part of a training pipeline."""
 
     name = "JobService"
@@ -26,24 +23,12 @@ class JobService(Service):
         "CreateModelDeploymentMonitoringJob": "compare logged requests with the training data in a notebook",
     }
 
-    def __init__(self, cloud):
-        """Serve a cloud."""
-        super().__init__(cloud)
-        self.background = Background(self.store, types.JobState, "JOB_STATE_")
+    states, prefix = types.JobState, "JOB_STATE_"
 
     def restore(self) -> None:
-        """Report what a killed server left running."""
-        for collection in self.resources.values():
-            self.background.interrupt(collection)
+        """Report what a killed server left running, and the trials of its tuning jobs."""
+        super().restore()
         tuning.interrupt(self.store)
-
-    def is_busy(self) -> bool:
-        """Say whether a job runs."""
-        return bool(self.background.controls)
-
-    def close(self) -> None:
-        """Stop all jobs."""
-        self.background.close()
 
     def create_custom_job(self, request: Message) -> Message:
         """Start a custom job."""
@@ -72,19 +57,4 @@ class JobService(Service):
         job = cloud.store.get(name)
         runner.Run(cloud, name.rsplit("/", 1)[1], name.split("/")[3], job.job_spec).execute(control)
 
-    def get(self, kind: str, request: Message) -> Message:
-        """Return a job, waiting a little for a client that polls."""
-        self.check_name(kind, request.name)
-        return self.background.read(request.name)
-
-    def delete(self, kind: str, request: Message) -> Empty:
-        """Delete a job that has ended."""
-        self.check_name(kind, request.name)
-        return self.background.delete(request.name)
-
-    def cancel_custom_job(self, request: Message) -> Empty:
-        """Cancel a job."""
-        self.background.cancel(request.name)
-        return Empty()
-
-    cancel_hyperparameter_tuning_job = cancel_batch_prediction_job = cancel_custom_job
+    cancel_custom_job = cancel_hyperparameter_tuning_job = cancel_batch_prediction_job = BackgroundService.cancel

@@ -4,41 +4,25 @@ import dataclasses
 
 from google.cloud.aiplatform_v1 import types
 from google.protobuf import json_format
-from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
 from helpers.local import automl, errors, runner
-from helpers.local.background import Background, JobFailed
-from helpers.local.service import Service, location_of
+from helpers.local.background import BackgroundService, JobFailed
+from helpers.local.service import location_of
 from helpers.local.store import new_id
 
 CustomJob, CustomJobSpec = types.CustomJob.pb(), types.CustomJobSpec.pb()
 CUSTOM_TASK = "/custom_task_1.0.0.yaml"
 
 
-class PipelineService(Service):
+class PipelineService(BackgroundService):
     """Training pipelines: what the SDK's Custom*TrainingJob classes and AutoMLTabularTrainingJob make."""
 
     name = "PipelineService"
     resources = {"TrainingPipeline": "trainingPipelines"}
     instead = {"CreatePipelineJob": "run the steps from a notebook, or use a project on Google Cloud"}
 
-    def __init__(self, cloud):
-        """Serve a cloud."""
-        super().__init__(cloud)
-        self.background = Background(self.store, types.PipelineState, "PIPELINE_STATE_")
-
-    def restore(self) -> None:
-        """Report what a killed server left running."""
-        self.background.interrupt("trainingPipelines")
-
-    def is_busy(self) -> bool:
-        """Say whether a pipeline runs."""
-        return bool(self.background.controls)
-
-    def close(self) -> None:
-        """Stop all pipelines."""
-        self.background.close()
+    states, prefix = types.PipelineState, "PIPELINE_STATE_"
 
     def create_training_pipeline(self, request: Message) -> Message:
         """Start a training pipeline."""
@@ -105,17 +89,4 @@ class PipelineService(Service):
             self.stamp(evaluation, created=True)
             self.store.put(evaluation.name, evaluation)
 
-    def get(self, kind: str, request: Message) -> Message:
-        """Return a pipeline, waiting a little for a client that polls."""
-        self.check_name(kind, request.name)
-        return self.background.read(request.name)
-
-    def delete(self, kind: str, request: Message) -> Empty:
-        """Delete a pipeline that has ended."""
-        self.check_name(kind, request.name)
-        return self.background.delete(request.name)
-
-    def cancel_training_pipeline(self, request: Message) -> Empty:
-        """Cancel a pipeline."""
-        self.background.cancel(request.name)
-        return Empty()
+    cancel_training_pipeline = BackgroundService.cancel

@@ -5,7 +5,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,6 @@ class Run:
     spec: Message  # CustomJobSpec
     trial: str = ""
     environment: Mapping[str, str] = ()
-    arguments: Sequence[str] = ()
 
     @property
     def folder(self) -> Path:
@@ -122,11 +121,10 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         is_package = spec.HasField("python_package_spec")
         body = spec.python_package_spec if is_package else spec.container_spec
-        arguments = [*body.args, *self.arguments]
         environment = self.contract(replica, replicas) | {variable.name: variable.value for variable in body.env}
         task = sandbox.Task(
             folder=folder,
-            command=["python", "-m", body.python_module, *arguments] if is_package else [*body.command, *arguments],
+            command=["python", "-m", body.python_module, *body.args] if is_package else [*body.command, *body.args],
             environment=environment,
             buckets=self.cloud.buckets,
             log=self.folder / f"{replica.name}.log",

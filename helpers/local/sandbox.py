@@ -29,9 +29,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers.local import checks
+
 HELPERS = Path(__file__).parents[1]
 GUARD = [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py"))]
-PREBUILT = ("docker.pkg.dev/vertex-ai/", "gcr.io/cloud-aiplatform/")
 # What a task keeps of this process's environment: language, devices, threads, and where packages come from.
 KEPT = ("CUDA_", "JAX_", "LANG", "LC_", "LD_LIBRARY_PATH", "NVIDIA_", "OMP_", "OPENBLAS_", "PIP_", "TF_", "TZ", "XLA_")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # as in most images
@@ -124,7 +125,7 @@ class Process:
 
 def start(task: Task) -> Process:
     """Start a task on an empty disk. CannotStart says why it cannot be."""
-    is_custom = task.image and not any(name in task.image for name in PREBUILT)
+    is_custom = task.image and not checks.prebuilt(task.image)
     engine = engine_with(task.image) if is_custom else None
     if not (engine or task.has_entrypoint):
         raise CannotStart(

@@ -4,6 +4,7 @@ It owns its folder: a lock keeps a second server out, and what the folder holds 
 """
 
 import fcntl
+import importlib
 import json
 import logging
 import os
@@ -26,7 +27,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Host, Route, Router
 
-from helpers.local import PROJECT, PROJECT_NUMBER, checks, client, errors
+from helpers.local import (
+    PROJECT,
+    PROJECT_NUMBER,
+    bigquery,
+    checks,
+    client,
+    errors,
+    job_logs,
+    relay,
+    serviceusage,
+    storage,
+)
 from helpers.local.buckets import Buckets, NoSuchBucket
 from helpers.local.door import Door
 from helpers.local.endpoints import NAME_OF_DEDICATED
@@ -41,6 +53,18 @@ from helpers.local.store import Store
 log = logging.getLogger("helpers.local")
 
 IDLE_SECONDS = 3600
+SERVICES = (  # the modules with the services of Vertex AI, and of what goes with it
+    "datasets",
+    "endpoints",
+    "jobs",
+    "metadata",
+    "models",
+    "operations",
+    "pipelines",
+    "projects",
+    "studies",
+    "tensorboards",
+)
 OCCUPIED = 75  # the exit status of a server whose folder another one has
 
 
@@ -49,25 +73,6 @@ class Cloud:
 
     def __init__(self, folder: Path, proxy: str | None):
         """Open what the folder holds; `proxy` is the URL of the proxy that leads outside, if one is needed."""
-        # Here, since they are the server's alone: the imports take a second.
-        from helpers.local import (
-            bigquery,
-            datasets,
-            endpoints,
-            job_logs,
-            jobs,
-            metadata,
-            models,
-            operations,
-            pipelines,
-            projects,
-            relay,
-            serviceusage,
-            storage,
-            studies,
-            tensorboards,
-        )
-
         self.folder = folder
         self.buckets = folder / "buckets"
         self.buckets.mkdir(exist_ok=True)
@@ -78,22 +83,11 @@ class Cloud:
         self.port = 0  # of the door, as soon as it is open
         self.last_work = time.monotonic()
         self.rpc = Rpc(self.answer, self.identity.allows)
-        modules = (
-            datasets,
-            endpoints,
-            jobs,
-            metadata,
-            models,
-            operations,
-            pipelines,
-            projects,
-            studies,
-            tensorboards,
-        )
-        classes = [value for module in modules for value in vars(module).values() if _is_service(value, module)]
         self.services: dict[str, Service] = {}
-        for service in classes:
-            self.services[service.name] = service(self)
+        for name in SERVICES:
+            module = importlib.import_module(f"helpers.local.{name}")
+            for service in filter(lambda value: _is_service(value, module), vars(module).values()):
+                self.services[service.name] = service(self)
         self.operations = self.services["Operations"]
         self.objects = Buckets(self.buckets, folder / "storage.sqlite")
         self.storage_routes = storage.routes(self.objects, relay.through(proxy))
