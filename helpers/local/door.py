@@ -7,6 +7,7 @@ through the proxy that was there before if there was one.
 
 import contextlib
 import logging
+import os
 import socket
 import socketserver
 import threading
@@ -114,8 +115,6 @@ class Tunnel(socketserver.BaseRequestHandler):
 
 def no_proxy() -> str:
     """Return the hosts that a proxy is not meant for, as the environment has it."""
-    import os
-
     return os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
 
 

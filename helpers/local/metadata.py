@@ -6,7 +6,7 @@ Which of them belongs to which context, and which events join two of them, are r
 import functools
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from google.cloud.aiplatform_v1 import types
 from google.protobuf.empty_pb2 import Empty
@@ -69,17 +69,14 @@ class MetadataService(Service):
 
     def list(self, collection: str, response: type[Message], request: Message) -> Message:
         """Return a page of a collection."""
-        found = self._select(request.parent, collection, getattr(request, "filter", ""))
-        rest = type(request)(page_size=request.page_size, page_token=request.page_token)
-        if getattr(request, "order_by", ""):
-            rest.order_by = request.order_by
-        return page(found, rest, response)
+        if getattr(request, "filter", ""):
+            request.filter = with_number(request.filter)
+        return page(self.store.list(request.parent, collection), request, response, self._functions)
 
-    def _select(self, parent: str, collection: str, expression: str) -> Iterable[Message]:
-        """Return the resources of a store for which a filter holds."""
-        functions = {"in_context": self._in_context, "child_contexts": self._has_child}
-        expression = expression.replace(f'"projects/{PROJECT}/', f'"projects/{PROJECT_NUMBER}/')
-        return filters.select(self.store.list(parent, collection), expression, functions)
+    @property
+    def _functions(self) -> dict[str, Callable]:
+        """Return what the calls in a filter mean."""
+        return {"in_context": self._in_context, "child_contexts": self._has_child}
 
     def _in_context(self, resource: Message, context: str) -> bool:
         pair = (resource.name, context)
@@ -144,7 +141,9 @@ class MetadataService(Service):
         if not request.filter:
             raise errors.invalid(f'To purge {collection}, give a filter: update_time < "2020-11-19T11:30:00Z".')
         with self.store.transaction():
-            names = [resource.name for resource in self._select(request.parent, collection, request.filter)]
+            found = self.store.list(request.parent, collection)
+            found = filters.select(found, with_number(request.filter), self._functions)
+            names = [resource.name for resource in found]
             if request.force:
                 self._delete(names)
         return response(purge_count=len(names), purge_sample=[] if request.force else names[:SAMPLE])
@@ -259,6 +258,11 @@ class MetadataService(Service):
             executions=[resource for resource in resources if "/executions/" in resource.name],
             events=[event for event in events if event.artifact in kept],
         )
+
+
+def with_number(expression: str) -> str:
+    """Return a filter in which the names of resources hold the project's number, as they are stored."""
+    return expression.replace(f'"projects/{PROJECT}/', f'"projects/{PROJECT_NUMBER}/')
 
 
 def _check_id(wanted: str) -> None:

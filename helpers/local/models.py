@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from google.cloud.aiplatform_v1 import types
+from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from grpc import StatusCode
 
@@ -16,7 +17,6 @@ Model = types.Model.pb()
 UploadModelResponse = types.UploadModelResponse.pb()
 CopyModelResponse = types.CopyModelResponse.pb()
 ExportModelResponse = types.ExportModelResponse.pb()
-DeleteModelVersionRequest = types.DeleteModelVersionRequest.pb()
 
 DEDICATED_RESOURCES = 1  # Model.DeploymentResourcesType
 ALIAS = re.compile(r"[a-z][a-zA-Z0-9-]{0,126}[a-z0-9-]")
@@ -189,8 +189,6 @@ class ModelService(Service):
 
     def delete_model(self, request: Message) -> Message:
         """Delete a model with all its versions."""
-        from google.protobuf.empty_pb2 import Empty
-
         with self.store.transaction():
             self.store.get(request.name)
             versions = self.store.list(request.name, "versions")
@@ -203,8 +201,6 @@ class ModelService(Service):
 
     def delete_model_version(self, request: Message) -> Message:
         """Delete a version that is not the default one."""
-        from google.protobuf.empty_pb2 import Empty
-
         with self.store.transaction():
             version = self.version(request.name)
             if "default" in version.version_aliases:

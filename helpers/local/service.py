@@ -156,9 +156,14 @@ class Service:
         return Empty()
 
 
-def page(found: list[Message], request: Message, response: type[Message]) -> Message:
-    """Return the part of a list that a request asks for by filter, order_by, page_size and page_token."""
-    found = filters.select(found, getattr(request, "filter", ""))
+def page(
+    found: list[Message], request: Message, response: type[Message], functions: dict[str, Callable] | None = None
+) -> Message:
+    """Return the part of a list that a request asks for by filter, order_by, page_size and page_token.
+
+    `functions` gives calls in the filter a meaning, as filters.select has it.
+    """
+    found = filters.select(found, getattr(request, "filter", ""), functions)
     found = filters.order(found, getattr(request, "order_by", ""))
     size = getattr(request, "page_size", 0) or PAGE_SIZE
     if size < 0:

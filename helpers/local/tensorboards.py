@@ -1,6 +1,5 @@
 """TensorboardService: the points of time series, in a table, and the blobs that a log holds, in a bucket."""
 
-import functools
 import re
 import shutil
 import uuid
@@ -86,14 +85,6 @@ class TensorboardService(Service):
         """Return a page of a collection."""
         found = [self._counted(resource) for resource in self.store.list(request.parent, collection)]
         return page(found, request, response)
-
-    list_tensorboard_experiments = functools.partialmethod(
-        list, "experiments", types.ListTensorboardExperimentsResponse.pb()
-    )
-    list_tensorboard_runs = functools.partialmethod(list, "runs", types.ListTensorboardRunsResponse.pb())
-    list_tensorboard_time_series = functools.partialmethod(
-        list, "timeSeries", types.ListTensorboardTimeSeriesResponse.pb()
-    )
 
     def _counted(self, resource: Message) -> Message:
         """Return a resource, a Tensorboard with the number of its runs."""
