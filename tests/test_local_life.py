@@ -101,6 +101,42 @@ def test_an_ordinary_end_keeps_it_as_well(own_cloud):
     assert own_cloud.vertex("POST", f"{endpoint}:predict", json={"instances": ["x"]})["predictions"] == ["x"]
 
 
+def test_a_folder_can_be_moved(own_cloud, tmp_path):
+    host, path = "storage.googleapis.com", "/storage/v1/b/moved/o/a.txt?alt=media"
+    own_cloud.call("POST", "/storage/v1/b?project=local-project", host=host, json={"name": "moved"})
+    own_cloud.call("POST", "/upload/storage/v1/b/moved/o?uploadType=media&name=a.txt", host=host, data=b"content")
+    endpoint = deployed(own_cloud)
+    client.stop(own_cloud.place)
+    own_cloud.place = own_cloud.place.rename(tmp_path / "elsewhere")
+    own_cloud.start()
+    assert own_cloud.call("GET", path, host=host).content == b"content"
+    assert own_cloud.vertex("POST", f"{endpoint}:predict", json={"instances": ["x"]})["predictions"] == ["x"]
+
+
+def test_it_ends_by_itself_when_nothing_is_left_to_do(tmp_path):
+    """An hour is a second here, and a job of eight seconds is work."""
+    from conftest import OwnCloud
+
+    code = (
+        "import pathlib, sys; from helpers.local import server; server.IDLE_SECONDS, server.LOOK_SECONDS = 1, 0.2;"
+        "sys.exit(server.serve(pathlib.Path(sys.argv[1]), None))"
+    )
+    place = tmp_path / "cloud"
+    with subprocess.Popen([sys.executable, "-c", code, str(place)], env=client.original()) as process:
+        wait_until(lambda: client.address(place))
+        cloud = OwnCloud(place)
+        assert cloud.address["pid"] == process.pid
+        started = time.monotonic()
+        cloud.vertex("POST", "customJobs", json=job(["sleep", "8"]))
+        assert process.wait(60) == 0
+        assert time.monotonic() - started > 8
+    again = OwnCloud(place)
+    try:
+        assert [one["state"] for one in again.vertex("GET", "customJobs")["customJobs"]] == ["JOB_STATE_SUCCEEDED"]
+    finally:
+        client.reset(place)
+
+
 def test_whoever_comes_at_the_same_time_shares_one_server(tmp_path):
     code = (
         "import json, pathlib, sys; from helpers.local import client; place = pathlib.Path(sys.argv[1]);"

@@ -53,6 +53,7 @@ from helpers.local.store import Store
 log = logging.getLogger("helpers.local")
 
 IDLE_SECONDS = 3600
+LOOK_SECONDS = 5  # between two looks whether there is work
 SERVICES = (  # the modules with the services of Vertex AI, and of what goes with it
     "datasets",
     "endpoints",
@@ -367,7 +368,7 @@ def open_door(port: int, grpc_port: int, rest_port: int, proxy: str | None) -> D
 def end_when_idle(cloud: Cloud, rest: uvicorn.Server) -> None:
     """End the server after an hour in which no request came and no job ran."""
     while not rest.should_exit:
-        time.sleep(5)
+        time.sleep(LOOK_SECONDS)
         if cloud.is_busy():
             cloud.last_work = time.monotonic()
         if time.monotonic() - cloud.last_work > IDLE_SECONDS:
