@@ -3,14 +3,18 @@
 network = regression.build(features)                         # 64, 64, 1, and back to the target's unit
 history = regression.train(network, x, y, epochs=20, seed=1)
 regression.rmse(network, x_test, y_test)
+
+`regression.fit` is Keras' `fit` at the speed of the machine; `regression.order` is the order in which it takes rows.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from helpers.data import Features
+from helpers.fit import fit, order
+
+__all__ = ["build", "fit", "linear", "order", "rmse", "train"]
 
 
 def linear(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -58,26 +62,6 @@ def build(features: Features, units: Sequence[int] = (64, 64), activation: str |
     )
 
 
-def batches(x: np.ndarray, y: np.ndarray, batch_size: int, seed: int):
-    """Return a tf.data.Dataset of (x, y) batches in a new order each epoch, the same orders for the same seed.
-
-    Keras' own shuffling of arrays repeats one order in every epoch once a seed is set (TensorFlow backend, 3.15).
-    """
-    import tensorflow as tf
-
-    x, y = tf.constant(x), tf.constant(y)
-
-    def shuffled(number):
-        order = tf.random.experimental.stateless_shuffle(tf.range(len(x)), seed=[seed, number])
-        return tf.gather(x, order), tf.gather(y, order)
-
-    # One number an epoch, and all rows in the order that it stands for: cut into batches, that is twice as fast as
-    # drawing row after row.
-    numbers = tf.data.Dataset.random(seed, rerandomize_each_iteration=True).take(1)
-    rows = numbers.map(shuffled).rebatch(batch_size).prefetch(4)
-    return rows.apply(tf.data.experimental.assert_cardinality(math.ceil(len(x) / batch_size)))
-
-
 def train(
     network,
     x: np.ndarray,
@@ -92,23 +76,22 @@ def train(
 ):
     """Compile and fit `network`; return Keras' History with "rmse" (and "val_rmse"), in the target's unit, per epoch.
 
-    `optimizer` (Adam with a learning rate of 0.003 if none is given) and `loss` are what `compile` takes. An epoch's
-    updates run in one call of TensorFlow (`steps_per_execution`): a third of the time, and the same numbers.
+    `optimizer` (Adam with a learning rate of 0.003 if none is given) and `loss` are what `compile` takes. The epochs
+    run on the device (see `helpers.fit`), and take the rows in the orders that the seed stands for.
     """
     import keras
 
     metric = keras.metrics.RootMeanSquaredError("rmse")
-    optimizer = keras.optimizers.get(optimizer or keras.optimizers.Adam(0.003))
-    # With the optimizer's variables made beforehand, TensorFlow traces the update once instead of twice.
-    optimizer.build(network.trainable_variables)
-    rows = batches(x, y, batch_size, seed)
-    network.compile(optimizer=optimizer, loss=loss, metrics=[metric], steps_per_execution=len(rows))
-    return network.fit(
-        rows,
-        epochs=epochs,
+    network.compile(optimizer=optimizer or keras.optimizers.Adam(0.003), loss=loss, metrics=[metric])
+    return fit(
+        network,
+        x,
+        y,
+        batch_size,
+        epochs,
+        verbose=0,
+        callbacks=list(callbacks),
         validation_data=validation,
         validation_batch_size=8192,
-        callbacks=list(callbacks),
-        shuffle=False,
-        verbose=0,
+        seed=seed,
     )
