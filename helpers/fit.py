@@ -269,9 +269,12 @@ class _Stream:
     def blocks(self, *_) -> Iterator[tuple]:
         """Yield rows of a block's size, their own order, and how many of them are rows: the last block is padded."""
         import keras
+        import tensorflow as tf
 
         size = len(self.order)
-        for block in self.dataset.rebatch(size).prefetch(1).as_numpy_iterator():
+        # Copied, since rebatch complains of tensors that are slices of others, such as those of a rebatch before it.
+        batches = self.dataset.map(lambda *batch: keras.tree.map_structure(lambda x: tf.raw_ops.DeepCopy(x=x), batch))
+        for block in batches.rebatch(size).prefetch(1).as_numpy_iterator():
             block = block if isinstance(block, tuple) else (block,)
             count = len(keras.tree.flatten(block)[0])
             if count < size:
