@@ -95,7 +95,7 @@ def fit(
     model.stop_training = False
     callbacks.on_train_begin()
     logs = {}
-    for epoch in range(model._initial_epoch or initial_epoch, epochs):  # where BackupAndRestore found a backup
+    for epoch in range(getattr(model, "_initial_epoch", None) or initial_epoch, epochs):  # set by BackupAndRestore
         callbacks.on_epoch_begin(epoch)
         model.reset_metrics()
         done = 0
@@ -370,23 +370,26 @@ class _TensorFlowLoop:
         import keras
         import tensorflow as tf
 
-        # Gathered at once, batches are slices: faster than gathering each, for the memory of one block.
-        block = keras.tree.map_structure(lambda tensor: tf.gather(tensor, order), tensors)
         share = self.batch_size // self.replicas
 
-        def update(block, start):
-            start += tf.distribute.get_replica_context().replica_id_in_sync_group * share
+        # Gathered at once, and each replica its own rows: batches are then slices of what is on its device.
+        def gather(tensors, order):
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            mine = tf.reshape(tf.reshape(order, [-1, self.replicas, share])[:, replica], [-1])
+            return keras.tree.map_structure(lambda tensor: tf.gather(tensor, mine), tensors)
 
+        def update(block, number):
             def part(tensor):
                 others = tensor.shape[1:]
-                return tf.slice(tensor, [start] + [0] * len(others), [share, *others])
+                return tf.slice(tensor, [number * share] + [0] * len(others), [share, *others])
 
             self.step(keras.tree.map_structure(part, block))
 
         def body(number):
-            self.strategy.run(update, (block, number * self.batch_size))
+            self.strategy.run(update, (block, number))
             return number + 1
 
+        block = self.strategy.run(gather, (tensors, order))
         tf.while_loop(lambda number: number < steps, body, [0])
         return self._metrics()
 

@@ -298,7 +298,7 @@ def test_data_that_no_loop_takes_goes_to_keras_with_a_word(rows):
     with pytest.warns(UserWarning, match=r"a Batches is neither an array nor a tf\.data\.Dataset"):
         fit(build(), Batches(), epochs=1, verbose=0)
     with pytest.warns(UserWarning, match="the loop has no steps_per_epoch"):
-        fit(build(), tf.data.Dataset.from_tensors(rows).repeat(), steps_per_epoch=2, verbose=0)
+        fit(build(), tf.data.Dataset.from_tensors(rows).repeat(), steps_per_epoch=2, shuffle=False, verbose=0)
 
 
 def test_wrong_data_is_refused_before_anything_is_trained(rows):
