@@ -13,7 +13,7 @@ the same callbacks. What a loop on the device cannot do (a callback that hears o
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -55,10 +55,11 @@ def fit(
 
     `x` and `y` (and `sample_weight`) are arrays of one length, or structures of such; or `x` is a tf.data.Dataset of
     batches of one size, which streams. With `shuffle`, an epoch takes the rows of arrays in the `order` for its number
-    and `seed`. The devices of a tf.distribute strategy, or of Keras' distribution (JAX), share each batch; a last batch
-    that is smaller is computed by each of them, so that no row counts more than another. Several workers are given
-    the same rows, all of them. Raises ValueError for arrays of different lengths, and for a batch that the devices
-    cannot share.
+    and `seed`. (Keras' own `fit`, where it has to do the work, shuffles as it does.)
+
+    The devices of a tf.distribute strategy, or of Keras' distribution (JAX), share each batch; a last batch that is
+    smaller is computed by each of them, so that no row counts more than another. Several workers are given the same
+    rows, all of them. Raises ValueError for arrays of different lengths, and for a batch that cannot be shared.
     """
     import keras
 
@@ -99,7 +100,7 @@ def fit(
         callbacks.on_epoch_begin(epoch)
         model.reset_metrics()
         done = 0
-        for block in rows.blocks(epoch if shuffle else None, seed):
+        for block in rows.blocks(train.put, epoch if shuffle else None, seed):
             callbacks.on_train_batch_begin(done)
             logs = train(*block)
             done += math.ceil(block[2] / rows.batch_size)
@@ -107,7 +108,7 @@ def fit(
         if validation and _due(epoch, validation_freq):
             callbacks.on_test_begin()
             model.reset_metrics()
-            for block in validation.blocks():
+            for block in validation.blocks(test.put):
                 found = test(*block)
             callbacks.on_test_end(found)
             logs = logs | {f"val_{name}": value for name, value in found.items()}
@@ -224,7 +225,9 @@ class _Arrays:
         lengths = [len(array) for array in keras.tree.flatten(self.data)]
         if len(set(lengths)) != 1:
             raise ValueError(f"arrays of one length are expected, one row for each; found {lengths} rows")
-        self.count = lengths[0]
+        if not lengths[0]:
+            raise ValueError("there are no rows to take")
+        self.count, self.on_device = lengths[0], None
         self.steps = math.ceil(self.count / batch_size)
 
     def split(self, fraction: float, batch_size: int):
@@ -235,13 +238,15 @@ class _Arrays:
         first, last = (keras.tree.map_structure(lambda a, s=s: a[s], self.data) for s in (slice(at), slice(at, None)))
         return _Arrays(first, self.batch_size), _Arrays(last, batch_size)
 
-    def blocks(self, epoch: int | None = None, seed: int = 0) -> Iterator[tuple]:
-        """Yield the data, an order of its rows for one call of the loop, and how many of that order are rows."""
+    def blocks(self, put: Callable, epoch: int | None = None, seed: int = 0) -> Iterator[tuple]:
+        """Yield the data as `put` has put it on the device, an order of rows, and how many of that order are rows."""
+        if self.on_device is None:
+            self.on_device = put(self.data)
         rows = np.arange(self.count, dtype=np.int32) if epoch is None else order(self.count, epoch, seed)
         size = min(_block(self.data, self.batch_size), self.steps * self.batch_size)
         for start in range(0, self.count, size):
             part = rows[start : start + size]
-            yield self.data, np.pad(part, (0, size - len(part))), len(part)
+            yield self.on_device, np.pad(part, (0, size - len(part))), len(part)
 
 
 class _Stream:
@@ -266,8 +271,8 @@ class _Stream:
         """Refuse: which rows are the last ones is known when all have been read."""
         raise ValueError("validation_split needs arrays; split a dataset with its take() and skip()")
 
-    def blocks(self, *_) -> Iterator[tuple]:
-        """Yield rows of a block's size, their own order, and how many of them are rows: the last block is padded."""
+    def blocks(self, put: Callable, *_) -> Iterator[tuple]:
+        """Yield rows of a block's size, put on the device, their own order, and how many are rows, not padding."""
         import keras
         import tensorflow as tf
 
@@ -281,7 +286,7 @@ class _Stream:
                 block = keras.tree.map_structure(
                     lambda a, missing=size - count: np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)), block
                 )
-            yield block, self.order, count
+            yield put(block), self.order, count
 
 
 def _block(data, batch_size: int) -> int:
@@ -336,35 +341,38 @@ class _TensorFlowLoop:
         self.optional = compiled and not model.jit_compile  # nobody asked for XLA
         self.run = tf.function(self._run, autograph=False, jit_compile=compiled and self.replicas == 1)
         self.rest = tf.function(self._rest, autograph=False)  # one update: not worth XLA's second
-        self.data = self.tensors = None
 
-    def __call__(self, data, order: np.ndarray, count: int) -> dict[str, float]:
-        """Take the first `count` rows of an order of the data, and return the metrics so far."""
+    def put(self, data):
+        """Return arrays as tensors."""
         import keras
         import tensorflow as tf
 
-        if data is not self.data:
-            self.data, self.tensors = data, keras.tree.map_structure(tf.constant, data)
+        return keras.tree.map_structure(tf.constant, data)
+
+    def __call__(self, tensors, order: np.ndarray, count: int) -> dict[str, float]:
+        """Take the first `count` rows of an order of the data, and return the metrics so far."""
+        import tensorflow as tf
+
         steps = count // self.batch_size
         if steps:
-            logs = self._try(tf.constant(order), tf.constant(steps))
+            logs = self._try(tensors, tf.constant(order), tf.constant(steps))
         if count % self.batch_size:
-            logs = self.rest(self.tensors, tf.constant(order[steps * self.batch_size : count]))
+            logs = self.rest(tensors, tf.constant(order[steps * self.batch_size : count]))
         if self.replicas > 1:
             logs = self.model.get_metrics_result()
         return {name: float(value) for name, value in logs.items()}
 
-    def _try(self, order, steps):
+    def _try(self, *arguments):
         import tensorflow as tf
 
         try:
-            return self.run(self.tensors, order, steps)
+            return self.run(*arguments)
         except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
             if not self.optional:
                 raise
             # XLA does not know an operation, which shows before anything has been computed; TensorFlow does.
             self.optional, self.run = False, tf.function(self._run, autograph=False)
-            return self.run(self.tensors, order, steps)
+            return self.run(*arguments)
 
     def _run(self, tensors, order, steps):
         import keras
@@ -440,34 +448,30 @@ class _JaxLoop:
             self.everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
             self.shared = jax.sharding.NamedSharding(mesh, name)
         self.run, self.rest = jax.jit(self._run), jax.jit(self._rest)
-        self.data = self.arrays = None
 
-    def __call__(self, data, order: np.ndarray, count: int) -> dict[str, float]:
+    def __call__(self, arrays, order: np.ndarray, count: int) -> dict[str, float]:
         """Take the first `count` rows of an order of the data, and return the metrics so far."""
-        import keras
-
-        if data is not self.data:
-            self.data, self.arrays = data, keras.tree.map_structure(self._put, data)
         state = [[variable.value for variable in part] for part in self.variables]
         steps = count // self.batch_size
         if steps:
-            logs, state = self.run(state, self.arrays, self._put(order), steps)
+            logs, state = self.run(state, arrays, self.put(order), steps)
         if count % self.batch_size:
-            rows = order[steps * self.batch_size : count]
-            logs, state = self.rest(state, self.arrays, self._put(rows))
+            logs, state = self.rest(state, arrays, self.put(order[steps * self.batch_size : count]))
         # A callback may look at any variable, or set it.
         for variables, values in zip(self.variables, state, strict=True):
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
         return {name: float(value) for name, value in logs.items()}
 
-    def _put(self, array):
-        """Return an array on the device, or on each device of each process."""
+    def put(self, data):
+        """Return arrays on the device, or on each device of each process."""
         import jax
+        import keras
 
-        if self.distribution:
+        def everywhere(array):
             return jax.make_array_from_callback(array.shape, self.everywhere, lambda index: array[index])
-        return jax.numpy.asarray(array)
+
+        return keras.tree.map_structure(everywhere if self.distribution else jax.numpy.asarray, data)
 
     def _run(self, state, arrays, order, steps):
         import jax

@@ -309,6 +309,8 @@ def test_wrong_data_is_refused_before_anything_is_trained(rows):
     before = network.get_weights()
     with pytest.raises(ValueError, match=r"found \[150, 149\] rows"):
         fit(network, x, y[1:])
+    with pytest.raises(ValueError, match="there are no rows"):
+        fit(network, x[:0], y[:0])
     with pytest.raises(ValueError, match="the dataset is empty"):
         fit(network, tf.data.Dataset.from_tensor_slices(rows).batch(32).take(0))
     with pytest.raises(ValueError, match="validation_split needs arrays"):
