@@ -1,8 +1,8 @@
 """What the lessons use, one module for each concept of the course.
 
-Importing it costs almost nothing and prepares three things for what a lesson imports next: TensorFlow computes the
-same digits on every machine, TensorFlow starts without the notices that a notebook would show as a red box, and
-Matplotlib does the same. A variable that you have set yourself is left as it is.
+Importing it costs almost nothing and prepares what a lesson imports next: TensorFlow computes the same digits on every
+machine, TensorFlow and Matplotlib start without the notices that a notebook would show as a red box, and a GPU is
+shared. A variable that you have set yourself is left as it is.
 """
 
 import importlib.util
@@ -15,11 +15,19 @@ import tempfile
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 # 1 hides notes on how TensorFlow was built; warnings and errors stay.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+# A GPU serves TensorFlow and JAX in one process if each takes what it needs; by default each takes nearly all of it.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Matplotlib warns when building its list of fonts takes long, which happens once, in somebody's first figure.
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 # A lesson that compares networks traces a graph for each; TensorFlow takes that for a mistake in a loop. And in a
 # notebook it tells of each export in a red box.
-UNWANTED = ("triggered tf.function retracing", "Assets written to:")
+UNWANTED = (
+    "triggered tf.function retracing",
+    "Assets written to:",
+    "Using MirroredStrategy with devices",
+    "Reduce to /job:",
+)
 logging.getLogger("tensorflow").addFilter(lambda record: not any(words in record.getMessage() for words in UNWANTED))
 
 # Printed before TensorFlow reads its log level: on every machine that has no NVIDIA driver (303), each time.
@@ -31,11 +39,12 @@ class _QuietTensorFlow:
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        """Find the module `tensorflow` (once), with an import that is quiet."""
+        """Find the module `tensorflow`, with an import that is quiet."""
         if name != "tensorflow":
             return None
-        sys.meta_path.remove(cls)
+        sys.meta_path.remove(cls)  # or it would be asked again
         spec = importlib.util.find_spec(name)
+        sys.meta_path.insert(0, cls)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
             spec.loader.exec_module = lambda module: cls.load(execute, module)

@@ -65,13 +65,21 @@ def run(arguments):
     """Check the call, see that the environment stands, and run the command in it."""
     from helpers.course import commands, install
 
-    here = "--here" in arguments
-    words = [word for word in arguments if word != "--here"]
+    here, extras, words = False, [], []
+    rest = iter(arguments)
+    for word in rest:
+        if word == "--here":
+            here = True
+        elif word == "--with":
+            extras.append(next(rest, ""))
+            install.lock_of(ROOT, extras[-1])
+        else:
+            words.append(word)
     call = commands.prepare(ROOT, words)
     if here:
-        install.here(ROOT, extra="test" if words[:1] == ["test"] else None)
-    elif call is not commands.show_help and not install.inside(ROOT):
-        python = install.ready(ROOT)
+        install.here(ROOT, [*extras, "test"] if words[:1] == ["test"] else extras)
+    elif call is not commands.show_help and not install.inside(ROOT, extras):
+        python = install.ready(ROOT, extras)
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # compiled once, the helpers load faster in every kernel
         os.execv(str(python), [str(python), "-m", "helpers", *arguments])
     return call()

@@ -29,11 +29,12 @@ BASE = "docker.io/tensorflow/tensorflow:2.21.0"  # with its registry: podman has
 SOON = 90  # days before its end in which an image warns
 SOURCE = Path(__file__).parent
 NOT_IN_IMAGES = ("local", "course", "__pycache__")  # parts of this package that no job and no endpoint needs
-# The package's own ranges (setup.cfg), of what runs in a container. TensorFlow comes with the base image.
+# The package's own ranges (setup.cfg), of what runs in a container. TensorFlow, or PyTorch, comes with the base image.
 NEEDS = {
     "training": (
         *("keras>=3.13,<4", "pandas>=2.2,<4", "pyarrow>=18", "cloudml-hypertune>=0.1.0.dev6"),
-        "tensorboard>=2.19",  # without it TensorFlow 2.21 writes no summaries
+        "tensorboard>=2.19",  # writes the summaries
+        *("jax>=0.7,<0.11.2", "optax>=0.2.5", "orbax-checkpoint>=0.11.30"),  # for helpers.trainer.task_jax
     ),
     "prediction": ("google-cloud-aiplatform[prediction]>=2.7,<3", "starlette>=0.46", "uvicorn>=0.34"),
 }

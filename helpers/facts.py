@@ -1,6 +1,7 @@
 """Things that show themselves as named facts: as lines in a terminal, as a table in a notebook."""
 
 import html
+import inspect
 
 
 class Facts:
@@ -47,3 +48,15 @@ class InFull:
         for tag in ("td", "th"):
             table = table.replace(f"<{tag}>", f'<{tag} style="text-align:left;vertical-align:top">')
         return table
+
+
+class Source:
+    """A function or a class, shown as it stands in its file."""
+
+    def __init__(self, described):
+        """Show a function or a class."""
+        self.described = described
+
+    def __repr__(self) -> str:
+        """Return its source."""
+        return inspect.getsource(self.described).rstrip()

@@ -1,5 +1,6 @@
 """What tests of the cloud share: local clouds of their own, with nothing in them."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 
 from helpers import environment
 from helpers.local import client
+
+# What needs PyTorch is run by test_extras.py, in an environment that has it.
+collect_ignore = [] if importlib.util.find_spec("torch") else ["test_trainer_torch.py"]
 
 
 @pytest.fixture(scope="session")

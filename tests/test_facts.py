@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from helpers.facts import Facts, InFull
+from helpers.facts import Facts, InFull, Source
 
 
 class Two(Facts):
@@ -26,3 +26,10 @@ def test_a_table_of_texts_cuts_nothing():
         assert text in whole
     assert "&lt;b&gt;" in shown._repr_html_()
     assert "<td>" not in shown._repr_html_()  # each has its own style, or a page would align it to the right
+
+
+def test_a_source_is_shown_as_it_stands_in_its_file():
+    def double(number):
+        return number * 2  # a comment stays
+
+    assert repr(Source(double)) == "    def double(number):\n        return number * 2  # a comment stays"

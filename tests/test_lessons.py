@@ -293,7 +293,7 @@ def test_style(command):
 def test_top_level_is_what_the_course_needs():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     top = {line.partition("/")[0] for line in tracked.splitlines()}
-    files = {"requirements.txt", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"}
+    files = {"requirements.txt", "requirements-torch.txt", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"}
     assert {name for name in top if not name.startswith(".")} == {"notebooks", "helpers", "tests"} | files
 
 

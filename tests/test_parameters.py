@@ -17,8 +17,10 @@ SETS = {
     "03_climb_the_tensorflow_stack": [{"seed": 7}],
     "04_create_compile_fit": [{"epochs": 5, "seed": 3}, {"dataset": "penguins", "epochs": 40}],
     "05_choose_activations_losses_optimizers": [{"epochs": 6, "seed": 2}],
+    "06_choose_a_strategy": [{"region": "europe-west4", "epochs": 2, "seed": 3}],
     "07_train_on_vertex": [{"region": "europe-west4", "epochs": 3, "trials": 2, "seed": 2}],
     "08_deploy_and_predict": [{"region": "europe-west4", "epochs": 5, "seed": 2}],
+    "09_train_with_jax": [{"region": "europe-west4", "epochs": 2, "seed": 2}],
 }
 
 # papermill changes the working folder of its process, so each run has a process of its own. It ignores a parameter

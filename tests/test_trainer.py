@@ -1,41 +1,16 @@
 """The training task: the same model in a notebook, in a process, in a package, after a kill and by several workers."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tasks import SMALL, finish, kill_after, learnt, start, start_two
 
 from helpers import data, regression, trainer
-from helpers.local.runner import free_port
 from helpers.trainer import loop, task
-
-ROOT = Path(__file__).parents[1]
-# 218 rows: 7 batches that two workers cannot share evenly, and one of a single row.
-SMALL = ["--dataset", "penguins", "--batch_size", "31", "--epochs", "12"]
-
-
-def start(arguments, environment=None, path=ROOT):
-    """Start the task as a process, with the helpers of a folder."""
-    return subprocess.Popen(
-        [sys.executable, "-m", trainer.MODULE, *SMALL, *arguments],
-        env={**os.environ, "PYTHONPATH": str(path), **(environment or {})},
-        cwd="/",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    """Return the lines that a task logged, once it has ended well."""
-    out, err = process.communicate(timeout=180)
-    assert process.returncode == 0, err
-    return [json.loads(line) for line in out.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +66,8 @@ def test_killed_and_started_again_it_ends_with_the_same_model(undisturbed, tmp_p
     install = ["pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", tmp_path / "installed"]
     subprocess.run([sys.executable, "-m", *install, packed], check=True, capture_output=True)
     arguments = ["--checkpoint_dir", str(tmp_path / "checkpoints"), "--model_dir", str(tmp_path / "model")]
-    killed = start(arguments, path=tmp_path / "installed")
-    for line in killed.stdout:
-        if json.loads(line)["epoch"] == 5:
-            break
-    killed.send_signal(signal.SIGKILL)  # while it writes the checkpoint of this epoch, or just before or after
-    killed.communicate()
-
-    lines = finish(start(arguments))
+    kill_after(start(trainer.MODULE, *arguments, path=tmp_path / "installed"), epoch=5)
+    lines = finish(start(trainer.MODULE, *arguments))
     assert "epochs were done before" in lines[0]["message"]
     assert lines[1]["epoch"] >= 4
     _, folder = undisturbed
@@ -112,24 +81,20 @@ def test_killed_and_started_again_it_ends_with_the_same_model(undisturbed, tmp_p
 
 def test_a_task_that_plays_a_preemption_does_so_once(undisturbed, tmp_path):
     arguments = [f"--checkpoint_dir={tmp_path}", "--preempt_at_epoch=3"]
-    killed = start(arguments)
+    killed = start(trainer.MODULE, *arguments)
     killed.communicate(timeout=180)
     assert killed.returncode == -signal.SIGKILL
     expected = json.loads(str(checkpoint(undisturbed[1] / "checkpoint_dir")["about"]))["history"]
     assert loop.history(str(tmp_path)) == expected[:2]
-    finish(start(arguments))
+    finish(start(trainer.MODULE, *arguments))
     assert loop.history(str(tmp_path)) == expected
 
 
 def test_two_workers_learn_what_one_learns(undisturbed, tmp_path):
-    cluster = {"chief": [f"127.0.0.1:{free_port()}"], "worker": [f"127.0.0.1:{free_port()}"]}
     arguments = [f"--{name}={tmp_path / name}" for name in ("model_dir", "checkpoint_dir")]
-    places = [{"type": role, "index": 0} for role in cluster]
-    both = [start(arguments, {"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})}) for task in places]
-    lines, silent = map(finish, both)
-    history, _ = undisturbed
-    for name, values in history.items():
-        np.testing.assert_allclose([line[name] for line in lines[:12]], values, rtol=1e-6)
+    lines, silent = map(finish, start_two(trainer.MODULE, *arguments))
+    for name, values in learnt(lines).items():
+        np.testing.assert_allclose(values, undisturbed[0][name], rtol=1e-6)
     assert silent == []  # the primary worker writes for both
     assert (tmp_path / "model_dir/saved_model.pb").exists()
 
@@ -217,6 +182,17 @@ def test_vertex_says_where_things_go(monkeypatch):
     assert asked.model_dir == "gs://bucket/AIP_MODEL_DIR/"
     assert asked.checkpoint_dir == "gs://bucket/AIP_CHECKPOINT_DIR/"
     assert asked.log_dir == "/gcs/bucket/logs"
+
+
+def test_without_tensorflow_buckets_are_folders(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    monkeypatch.setenv("AIP_MODEL_DIR", "gs://bucket/model/")
+    asked = task.parse(["--data", "gs://bucket/rows-*.csv", "--log_dir", "/tmp/gs://"])
+    assert (asked.model_dir, asked.data, asked.log_dir) == (
+        "/gcs/bucket/model/",
+        "/gcs/bucket/rows-*.csv",
+        "/tmp/gs://",
+    )
 
 
 def config(kind, index, **cluster):

@@ -204,9 +204,9 @@ BENCHMARKS = {
 
 def main(args):
     """Run the named benchmarks, all without a name; print their table and return the exit status."""
-    from helpers.course import bench_cloud  # here, since it uses what is above
+    from helpers.course import bench_cloud, bench_fit  # here, since they use what is above
 
-    benchmarks = BENCHMARKS | bench_cloud.BENCHMARKS
+    benchmarks = BENCHMARKS | bench_fit.BENCHMARKS | bench_cloud.BENCHMARKS
     if unknown := [name for name in args if name not in benchmarks]:
         raise CourseError(f"There is no benchmark {unknown[0]}; there are {', '.join(benchmarks)}.", status=2)
     rows = []

@@ -3,13 +3,13 @@
 Each backend is measured in a process of its own: `python -m helpers.course.bench_fit tensorflow` prints seconds.
 """
 
+import itertools
 import json
 import os
 import resource
 import statistics
 import sys
 import time
-from pathlib import Path
 
 from helpers.course import bench
 
@@ -37,7 +37,7 @@ def stream() -> list[bench.Row]:
     """Return the seconds and the memory of ever more flights, streamed, in ratios to a tenth of them."""
     found = [(rows, measure("tensorflow", "stream", rows)) for rows in STREAMED]
     lines = []
-    for (_, less), (rows, more) in zip(found, found[1:], strict=False):
+    for (_, less), (rows, more) in itertools.pairwise(found):
         ratio = more["seconds"] / less["seconds"]
         grown = more["megabytes"] - less["megabytes"]
         what = f"stream {rows:,} flights / a tenth ({more['megabytes']:.0f} MB, {grown:+.0f} MB)"

@@ -19,7 +19,7 @@ from helpers.course import CourseError, cores, lessons
 HELP = """\
 Custom training on Google Cloud: a course of notebooks in which everything runs.
 
-    python3 -m helpers COMMAND [--here]
+    python3 -m helpers COMMAND [--here] [--with torch]
 
 Commands:
     lab        read and run the lessons in JupyterLab
@@ -32,6 +32,7 @@ Commands:
 
 The first command makes the course's environment in .venv, which takes a few minutes; later ones start at once.
 With --here, a command uses the environment it is called in, as in Colab Enterprise or Workbench.
+With --with torch, the environment gets PyTorch too, and keeps it.
 
 Examples:
     python3 -m helpers lab

@@ -21,22 +21,26 @@ import time
 from helpers.course import CourseError
 
 NEEDED_BYTES = 5e9
+EXTRA_BYTES = 5e9
 
 
-def ready(root):
-    """Return the environment's Python, after making or updating the environment in the folder `root` if needed."""
-    if not is_complete(root):
+def ready(root, extras=()):
+    """Return the environment's Python, after making or updating the environment in the folder `root` if needed.
+
+    `extras` are those of setup.cfg that it is to hold beside what it holds.
+    """
+    if not is_complete(root, extras):
         check_disk(root, NEEDED_BYTES)
         with only_one(root):
             # Another start may have finished the work while this one waited.
-            if not is_complete(root):
-                build(root)
+            if not is_complete(root, extras):
+                build(root, extras)
     return python_of(root)
 
 
-def inside(root):
+def inside(root, extras=()):
     """Say whether this Python is the environment's own, and the environment is whole."""
-    return sys.prefix == str(root / ".venv") and is_complete(root)
+    return sys.prefix == str(root / ".venv") and is_complete(root, extras)
 
 
 def python_of(root):
@@ -44,16 +48,33 @@ def python_of(root):
     return root / ".venv/bin/python"
 
 
-def is_complete(root):
-    """Say whether the environment is whole, made here, and holds what requirements.txt asks for today."""
-    stamp = root / ".venv/complete.json"
-    return stamp.exists() and stamp.read_text() == fingerprint(root)
+def is_complete(root, extras=()):
+    """Say whether the environment is whole, made here, and holds what its locks ask for today, with the extras."""
+    stamp, held = root / ".venv/complete.json", extras_of(root)
+    return stamp.exists() and held >= set(extras) and stamp.read_text() == fingerprint(root, held)
 
 
-def fingerprint(root):
+def extras_of(root):
+    """Return the extras that an environment holds beside what requirements.txt lists, as its stamp tells."""
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no stamp, or half of one
+        return set(json.loads((root / ".venv/complete.json").read_text())["extras"])
+    return set()
+
+
+def lock_of(root, extra):
+    """Return the file with the exact versions of an extra; raise a CourseError if the course has none of that name."""
+    locks = {path.stem.removeprefix("requirements-"): path for path in root.glob("requirements-*.txt")}
+    if extra not in locks:
+        raise CourseError(f"--with {extra}: nothing of that name can be added; there is {', '.join(locks)}.", status=2)
+    return locks[extra]
+
+
+def fingerprint(root, extras=()):
     """Return what the stamp of a whole environment holds; a change in any part of it means an update."""
-    lock = hashlib.sha256((root / "requirements.txt").read_bytes()).hexdigest()
-    return json.dumps({"requirements": lock, "python": version_of(python_of(root)), "folder": str(root)}, indent=1)
+    locks = [root / "requirements.txt", *(lock_of(root, extra) for extra in sorted(extras))]
+    digest = hashlib.sha256(b"".join(lock.read_bytes() for lock in locks)).hexdigest()
+    about = {"requirements": digest, "python": version_of(python_of(root)), "folder": str(root)}
+    return json.dumps(about | {"extras": sorted(extras)}, indent=1)
 
 
 def version_of(python):
@@ -65,9 +86,10 @@ def version_of(python):
         return None
 
 
-def build(root):
-    """Make the environment, or bring a whole one up to date, and stamp it."""
+def build(root, extras=()):
+    """Make the environment, or bring a whole one up to date, and stamp it. An extra that it holds stays."""
     started = time.monotonic()
+    extras = extras_of(root).union(extras)
     folder, python, stamp = root / ".venv", python_of(root), root / ".venv/complete.json"
     uv = shutil.which("uv")
     if stamp.exists() and version_of(python):
@@ -87,9 +109,27 @@ def build(root):
             attempt([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv"], root)
     say("  installing what requirements.txt lists")
     # Without compiled bytecode the first kernels would compile TensorFlow: 16 seconds instead of 5, in each of them.
-    attempt([uv, "pip", "install", "--python", python, "--compile-bytecode", "-r", "requirements.txt"], root)
-    stamp.write_text(fingerprint(root))
+    install = [uv, "pip", "install", "--python", python, "--compile-bytecode", "-r", "requirements.txt"]
+    if extras:
+        install_with(extras, install, root)
+    else:
+        attempt(install, root)
+    stamp.write_text(fingerprint(root, extras))
     say(f"Ready after {time.monotonic() - started:.0f} seconds.")
+
+
+def install_with(extras, install, root):
+    """Run the command that installs the course so that it installs extras too, in the versions of their locks."""
+    install = [*install, "--override", "helpers/course/overrides.txt"]
+    for extra in sorted(extras):
+        say(f"  and with {extra}, what {lock_of(root, extra).name} lists")
+        install = [*install, "--constraint", lock_of(root, extra), *wanted_by(root, extra)]
+    try:
+        attempt(install, root, UV_TORCH_BACKEND="cpu")
+    except CourseError:
+        say("  PyTorch's own index, which has builds for CPUs, does not serve; the usual build takes 4 GB")
+        check_disk(root, EXTRA_BYTES)
+        attempt(install, root)
 
 
 def make_venv(folder, with_pip):
@@ -107,9 +147,12 @@ def make_venv(folder, with_pip):
     attempt(command if with_pip else [*command, "--without-pip"], folder.parent)
 
 
-def attempt(command, root):
-    """Run one step of the set-up; if it fails, raise a CourseError that ends with the tool's own last words."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+def attempt(command, root, **settings):
+    """Run one step of the set-up; if it fails, raise a CourseError that ends with the tool's own last words.
+
+    `settings` are variables for the tool, where they are not set already.
+    """
+    environment = settings | {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     # The lock travels with the step: if this process is killed, the next one waits until the step has ended.
     run = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, errors="replace", close_fds=False
@@ -165,18 +208,17 @@ def only_one(root):
         yield
 
 
-def here(root, extra=None):
-    """Make the environment that this Python runs in fit for the course and, if asked, for an `extra` of setup.cfg."""
+def here(root, extras=()):
+    """Make the environment that this Python runs in fit for the course and for `extras` of setup.cfg."""
     # Kernels and jobs find this folder's helpers, even if the course is installed from another folder as well.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    settings = configparser.ConfigParser()
-    settings.read(root / "setup.cfg")
+    settings = settings_of(root)
     wanted = [settings["metadata"]["name"], *requirements(settings["options"]["install_requires"])]
-    if extra:
-        wanted += requirements(settings["options.extras_require"][extra])
+    for extra in extras:
+        wanted += wanted_by(root, extra)
     if not (missing := [name for name in wanted if not is_installed(name)]):
         return
-    target = f"{root}[{extra}]" if extra else str(root)
+    target = f"{root}[{','.join(extras)}]" if extras else str(root)
     say(f"Installing the course where you are, because this is missing: {', '.join(missing)}.")
     try:
         attempt([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", target], root)
@@ -185,6 +227,18 @@ def here(root, extra=None):
             f"--here uses the environment of {sys.executable}, which lacks {', '.join(missing)}.\n"
             f"Leave --here away, and the course makes an environment of its own. {error}"
         ) from None
+
+
+def wanted_by(root, extra):
+    """Return the names of the distributions that an extra of setup.cfg asks for."""
+    return requirements(settings_of(root)["options.extras_require"][extra])
+
+
+def settings_of(root):
+    """Return what setup.cfg says."""
+    settings = configparser.ConfigParser()
+    settings.read(root / "setup.cfg")
+    return settings
 
 
 def requirements(text):

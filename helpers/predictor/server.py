@@ -192,8 +192,9 @@ class Server(CprModelServer):
 
 def app() -> Server:
     """Return the server; if its model cannot be loaded, the last line that the process prints says why."""
-    here = {"HANDLER_MODULE": __name__, "HANDLER_CLASS": "Handler"}
-    os.environ.update(here, PREDICTOR_MODULE=__name__, PREDICTOR_CLASS="SavedModel")
+    os.environ.update(HANDLER_MODULE=__name__, HANDLER_CLASS="Handler")
+    if "PREDICTOR_CLASS" not in os.environ:  # which another start has set
+        os.environ.update(PREDICTOR_MODULE=__name__, PREDICTOR_CLASS="SavedModel")
     try:
         return Server()
     except Exception as error:

@@ -1,7 +1,8 @@
 """The code that a training job runs: `task`, the training task, and `loop`, its training loop.
 
-`package` makes of them what `CustomPythonPackageTrainingJob` takes. A custom container needs no package: its image has
-the course's environment, and its command is `python -m helpers.trainer.task`.
+`task_jax` and `task_torch` are the same task in other frameworks. `package` makes of it all what
+`CustomPythonPackageTrainingJob` takes. A custom container needs no package: its image has the course's environment, and
+its command is `python -m helpers.trainer.task`.
 """
 
 import shutil
@@ -10,18 +11,23 @@ import sys
 import tempfile
 from pathlib import Path
 
-MODULE = "helpers.trainer.task"  # what a job runs of the package: its python_module_name
+# What a job runs of the package, its python_module_name; on a PyTorch image it is helpers.trainer.task_torch.
+MODULE = "helpers.trainer.task"
 FILES = (
     "__init__.py",
     "data.py",
+    "fit.py",
     "regression.py",
     "datasets/__init__.py",
     "datasets/sources.json",
     "datasets/penguins.csv",
     "datasets/diamonds.parquet",
     "trainer/__init__.py",
+    "trainer/files.py",
     "trainer/loop.py",
     "trainer/task.py",
+    "trainer/task_jax.py",
+    "trainer/task_torch.py",
 )
 SETUP = """\
 from setuptools import setup
@@ -30,7 +36,7 @@ setup(
     name="course_trainer",
     version="0.1",
     python_requires=">=3.10",  # of the prebuilt training images
-    install_requires=["cloudml-hypertune", "pandas>=2", "pyarrow", "tensorboard"],  # images bring TensorFlow and Keras
+    install_requires=["cloudml-hypertune", "pandas>=2", "pyarrow", "tensorboard"],  # images bring their framework
     packages=["helpers", "helpers.datasets", "helpers.trainer"],
     package_data={"helpers.datasets": ["*"]},
 )
@@ -40,7 +46,7 @@ setup(
 def package(folder: str | Path) -> Path:
     """Write the Python package of the training task into a folder, and return its .tar.gz.
 
-    The task runs on Python 3.10 with TensorFlow 2.17, as Google's newest prebuilt image has them.
+    The task runs on Python 3.10 with TensorFlow 2.17, as Google's newest prebuilt image has them, or with PyTorch 2.4.
     """
     root = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as scratch:

@@ -9,13 +9,15 @@ Keras' own `fit` cannot train over several workers (TensorFlow backend, 3.15). T
 float32's precision, however many workers and GPUs share each batch.
 """
 
+import io
 import json
+import math
 import os
-import tempfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+
+from helpers.trainer import files
 
 # What the primary worker and its helpers are called: by TensorFlow, and by Vertex AI in every job.
 ROLES = {"TF_CONFIG": ("chief", "master", "worker"), "CLUSTER_SPEC": ("workerpool0", "workerpool1")}
@@ -85,54 +87,61 @@ def epoch(network, optimizer, x, y, batch_size: int, seed: int, strategy) -> Cal
     return lambda number: float(run(tf.constant(number)))
 
 
+def weights(inputs: int, units: Sequence[int], seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return weights to begin with, the same in every framework: for each layer a kernel (inputs, units) and a bias.
+
+    Kernels are uniform within sqrt(6 / (inputs + units)), as Keras draws them by default (Glorot); biases are zero.
+    """
+    generator, layers = np.random.default_rng(seed), []
+    for shape in zip((inputs, *units), units, strict=False):
+        limit = math.sqrt(6 / sum(shape))
+        layers.append((generator.uniform(-limit, limit, shape).astype(np.float32), np.zeros(shape[1], np.float32)))
+    return layers
+
+
+def check(settings: Mapping, found: Mapping, place: str) -> None:
+    """Refuse to go on from a training with other settings, which were found at a place."""
+    if settings != found:
+        raise ValueError(
+            f"{place} is of a training with {found}; this one has {settings}. "
+            "Give this one a folder of its own (--checkpoint_dir), or delete the file."
+        )
+
+
 def history(folder: str) -> list[dict]:
     """Return the errors of each epoch that is in the checkpoint of a folder, gs:// or not."""
-    import tensorflow as tf
-
-    with tf.io.gfile.GFile(f"{folder.rstrip('/')}/checkpoint.npz", "rb") as file, np.load(file) as saved:
+    with np.load(io.BytesIO(files.read(f"{folder.rstrip('/')}/checkpoint.npz"))) as saved:
         return json.loads(str(saved["about"]))["history"]
 
 
 class Checkpoint:
-    """One file in a folder, gs:// or not: all that a training needs to go on exactly as if nothing had happened.
+    """One file in a folder, gs:// or not: all that a training needs to go on exactly as if nothing had happened."""
 
-    The file is whole at any moment: it is written to this machine's disk, copied, and only then takes its name.
-    """
+    def __init__(self, folder: str | None, variables: list, settings: Mapping, rank: int):
+        """Keep the `variables` of a training in a folder, if there is one; a file from other settings is refused.
 
-    def __init__(self, folder: str | None, variables: list, settings: Mapping):
-        """Keep the `variables` of a training in a folder, if there is one; a file from other settings is refused."""
+        All workers read it, and number 0 writes it.
+        """
         self.file = folder and f"{folder.rstrip('/')}/checkpoint.npz"
-        self.variables, self.settings = variables, settings
+        self.variables, self.settings, self.rank = variables, settings, rank
 
     def restore(self) -> list[dict]:
         """Set the variables to what the file holds, and return the history that it holds; [] if there is none."""
-        import tensorflow as tf
-
-        if not self.file or not tf.io.gfile.exists(self.file):
+        content = self.file and files.read(self.file)
+        if not content:
             return []
-        with tf.io.gfile.GFile(self.file, "rb") as file, np.load(file) as saved:
+        with np.load(io.BytesIO(content)) as saved:
             about = json.loads(str(saved["about"]))
-            if about["settings"] != self.settings:
-                raise ValueError(
-                    f"{self.file} is of a training with {about['settings']}; this one has {self.settings}. "
-                    "Give this one a folder of its own (--checkpoint_dir), or delete the file."
-                )
+            check(self.settings, about["settings"], self.file)
             for number, variable in enumerate(self.variables):
                 variable.assign(saved[str(number)])
         return about["history"]
 
     def save(self, history: list[dict]) -> None:
         """Write the file anew."""
-        import tensorflow as tf
-
-        if not self.file:
+        if not self.file or self.rank:
             return
         about = json.dumps({"settings": self.settings, "history": history})
-        values = {str(number): variable.numpy() for number, variable in enumerate(self.variables)}
-        partial = f"{self.file}.partial"
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder) / "checkpoint.npz"
-            np.savez(local, about=about, **values)
-            tf.io.gfile.makedirs(self.file.rpartition("/")[0])
-            tf.io.gfile.copy(local, partial, overwrite=True)
-        tf.io.gfile.rename(partial, self.file, overwrite=True)
+        content = io.BytesIO()
+        np.savez(content, about=about, **{str(number): value.numpy() for number, value in enumerate(self.variables)})
+        files.write(self.file, content.getvalue())

@@ -8,13 +8,17 @@ model; several workers of a job share each batch, and end with that model too.
 """
 
 import argparse
+import importlib.util
+import io
 import json
 import math
 import os
+import re
 import signal
+from collections.abc import Callable
 
 from helpers import data, regression
-from helpers.trainer import loop
+from helpers.trainer import files, loop
 
 FOLDERS = {
     "model_dir": ("AIP_MODEL_DIR", "for the model, which reads raw rows"),
@@ -43,18 +47,48 @@ def main(arguments: list[str] | None = None):
         optimizer = keras.optimizers.Adam(asked.learning_rate)
         optimizer.build(network.trainable_variables)
 
-    # Epoch after epoch, from where a killed task was. The primary worker writes for all.
-    run_epoch = loop.epoch(network, optimizer, x, y, asked.batch_size, asked.seed, strategy)
-    settings = {name: value for name, value in vars(asked).items() if name not in (*FREE, *FOLDERS)}
-    checkpoint = loop.Checkpoint(asked.checkpoint_dir, [*network.variables, *optimizer.variables], settings)
+    # Epoch after epoch, from where a killed task was.
+    variables = [*network.variables, *optimizer.variables]
+    history = train_epochs(
+        asked,
+        features.dataset.unit,
+        loop.Checkpoint(asked.checkpoint_dir, variables, settings(asked), rank),
+        loop.epoch(network, optimizer, x, y, asked.batch_size, asked.seed, strategy),
+        lambda: regression.rmse(network, x_validation, y_validation),
+        rank,
+    )
+    save(asked, rank, lambda folder: export(network, features, train, folder))
+    result = keras.callbacks.History()
+    result.history = history
+    return result
+
+
+def settings(asked: argparse.Namespace) -> dict:
+    """Return the arguments that decide what is learnt: with others, a checkpoint is of another training."""
+    return {name: value for name, value in vars(asked).items() if name not in (*FREE, *FOLDERS)}
+
+
+def train_epochs(
+    asked: argparse.Namespace,
+    unit: str,
+    checkpoint,
+    run: Callable[[int], float],
+    validate: Callable[[], float],
+    rank: int,
+) -> dict[str, list[float]]:
+    """Train epoch after epoch, from where a killed task was; return "rmse" and "val_rmse" of each, in a unit.
+
+    `run` trains for the epoch of a number and returns its error, `validate` returns the one on the validation rows,
+    `checkpoint` restores and saves the history with the training's state. The worker of rank 0 reports for all.
+    """
     history = checkpoint.restore()
     is_new = not history
-    report = reporter(asked, features.dataset.unit) if rank == 0 else lambda history: None
+    report = reporter(asked, unit) if rank == 0 else lambda history: None
     if history:
         log(f"{len(history)} epochs were done before, says {checkpoint.file}")
         report(history)
     for number in range(len(history), asked.epochs):
-        errors = {"rmse": run_epoch(number), "val_rmse": regression.rmse(network, x_validation, y_validation)}
+        errors = {"rmse": run(number), "val_rmse": validate()}
         if not math.isfinite(sum(errors.values())):
             raise FloatingPointError(f"epoch {number + 1} ends with {errors}: try a smaller --learning_rate")
         history.append(errors)
@@ -62,22 +96,23 @@ def main(arguments: list[str] | None = None):
         if is_new and len(history) == asked.preempt_at_epoch:
             os.kill(os.getpid(), signal.SIGKILL)  # before the checkpoint is written: this epoch is lost
             os._exit(128 + signal.SIGKILL)  # the first process of a container is safe from its own signals
-        if rank == 0:
-            checkpoint.save(history)
+        checkpoint.save(history)
+    return {name: [errors[name] for errors in history] for name in ("rmse", "val_rmse")}
 
+
+def save(asked: argparse.Namespace, rank: int, export: Callable[[str], None]) -> None:
+    """Let the worker of rank 0 export the model into the folder for it, and log where that is."""
     if rank == 0 and asked.model_dir:
-        export(network, features, train, asked.model_dir)
+        export(asked.model_dir)
         log(f"The model is in {asked.model_dir}")
     elif rank == 0:
         log("The model is not saved: there is neither --model_dir nor AIP_MODEL_DIR.", "WARNING")
-    result = keras.callbacks.History()
-    result.history = {name: [errors[name] for errors in history] for name in ("rmse", "val_rmse")}
-    return result
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Return the task's arguments; a wrong one ends the process with status 2 and says what is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.trainer.task", description=__doc__.partition("\n")[0])
+def parse(arguments: list[str] | None, module: str = "task") -> argparse.Namespace:
+    """Return a task's arguments; a wrong one ends the process with status 2 and says what is wrong."""
+    name = f"python -m helpers.trainer.{module}"
+    parser = argparse.ArgumentParser(prog=name, description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--dataset", choices=("penguins", "diamonds"), default="diamonds")
     add("--data", default=os.environ.get("AIP_TRAINING_DATA_URI"), help="its rows in CSV files: gs://bucket/rows-*.csv")
@@ -102,6 +137,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                 parser.error(f"--{name} {folder} is on the job's own disk, and is gone with it: give gs:// or /gcs/")
     if (asked.data or "").startswith("bq://"):
         parser.error(f"{asked.data} is a table, and this task reads CSV files: make the data set from gs:// files")
+    if importlib.util.find_spec("tensorflow") is None:  # what reads gs:// elsewhere; a job has its buckets as /gcs too
+        for name, value in vars(asked).items():
+            if isinstance(value, str):
+                setattr(asked, name, re.sub("^gs://", "/gcs/", value))
     return asked
 
 
@@ -120,18 +159,18 @@ def log(message: str, severity: str = "INFO", **facts) -> None:
 def reporter(asked: argparse.Namespace, unit: str):
     """Return a function that tells of the last epoch of a history: to the log, TensorBoard, and a tuning job."""
     import hypertune
-    import tensorflow as tf
+    from tensorboard.summary import Writer
 
-    board = tf.summary.create_file_writer(asked.log_dir) if asked.log_dir else tf.summary.create_noop_writer()
+    board = Writer(asked.log_dir) if asked.log_dir else None
     trial = hypertune.HyperTune() if "CLOUD_ML_TRIAL_ID" in os.environ else None
 
     def report(history):
         number, errors = len(history), history[-1]
         log(f"Epoch {number} of {asked.epochs}: val_rmse {errors['val_rmse']:.2f} {unit}", epoch=number, **errors)
-        with board.as_default(step=number):
+        if board:
             for name, value in errors.items():
-                tf.summary.scalar(name, value)
-        board.flush()
+                board.add_scalar(name, value, number)
+            board.flush()
         if trial:
             trial.report_hyperparameter_tuning_metric("val_rmse", errors["val_rmse"], global_step=number)
 
@@ -143,14 +182,13 @@ def read(asked: argparse.Namespace):
     if not asked.data:
         return data.split(asked.dataset, validation=True)[:2]
     import pandas as pd
-    import tensorflow as tf
 
     parts = []
-    for files in filter(None, (asked.data, asked.validation_data)):
-        names = sorted(tf.io.gfile.glob(files))
+    for pattern in filter(None, (asked.data, asked.validation_data)):
+        names = files.find(pattern)
         if not names:
-            raise FileNotFoundError(f"there is no file {files}")
-        parts.append(pd.concat([pd.read_csv(tf.io.gfile.GFile(name, "rb")) for name in names]))
+            raise FileNotFoundError(f"there is no file {pattern}")
+        parts.append(pd.concat([pd.read_csv(io.BytesIO(files.read(name))) for name in names]))
     rows = pd.concat(parts, keys=range(len(parts)))  # together, so that both parts know all categories
     rows = rows.astype(dict.fromkeys(data.describe(asked.dataset).categorical, "category"))
     rows = data.complete(asked.dataset, rows)
@@ -158,18 +196,18 @@ def read(asked: argparse.Namespace):
 
 
 def export(network, features: data.Features, train, folder: str) -> None:
-    """Write a SavedModel that reads raw rows, and in its assets.extra the OpenAPI schema of such a row."""
-    import tensorflow as tf
-
+    """Write a SavedModel that reads raw rows; `network` is a Keras model or layer."""
     features.attach(network).export(folder, verbose=False)
+    describe(features, train, folder)
+
+
+def describe(features: data.Features, train, folder: str) -> None:
+    """Write the OpenAPI schema of a raw row into the assets.extra of a model."""
     properties = {column: {"type": "number"} for column in features.scale}
     properties |= {column: {"type": "string", "enum": values} for column, values in features.vocabulary.items()}
     example = json.loads(train[list(properties)].iloc[0].to_json())
     schema = {"type": "object", "properties": properties, "required": list(properties), "example": example}
-    extra = f"{folder.rstrip('/')}/assets.extra"
-    tf.io.gfile.makedirs(extra)
-    with tf.io.gfile.GFile(f"{extra}/instance_schema.json", "w") as file:
-        file.write(json.dumps(schema, indent=1))
+    files.write(f"{folder.rstrip('/')}/assets.extra/instance_schema.json", json.dumps(schema, indent=1).encode())
 
 
 if __name__ == "__main__":
