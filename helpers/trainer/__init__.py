@@ -43,10 +43,11 @@ setup(
 """
 
 
-def package(folder: str | Path) -> Path:
+def package(folder: str | Path, wheel: bool = False) -> Path:
     """Write the Python package of the training task into a folder, and return its .tar.gz.
 
     The task runs on Python 3.10 with TensorFlow 2.17, as Google's newest prebuilt image has them, or with PyTorch 2.4.
+    A `wheel` is for a command of your own: pip has nothing to build, and takes a sixth of the time.
     """
     root = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as scratch:
@@ -55,6 +56,7 @@ def package(folder: str | Path) -> Path:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root / name, copy)
         (Path(scratch) / "setup.py").write_text(SETUP, encoding="utf-8")
-        words = ["sdist", "--formats=gztar", "--dist-dir", str(Path(folder).resolve())]
-        subprocess.run([sys.executable, "setup.py", "--quiet", *words], cwd=scratch, check=True, capture_output=True)
-    return Path(folder) / "course_trainer-0.1.tar.gz"
+        words = ["bdist_wheel"] if wheel else ["sdist", "--formats=gztar"]
+        command = [sys.executable, "setup.py", "--quiet", *words, "--dist-dir", str(Path(folder).resolve())]
+        subprocess.run(command, cwd=scratch, check=True, capture_output=True)
+    return Path(folder) / ("course_trainer-0.1-py3-none-any.whl" if wheel else "course_trainer-0.1.tar.gz")
