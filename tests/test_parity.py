@@ -11,7 +11,7 @@ import pytest
 from helpers import parity, regression
 
 # Relative, of losses after 22 updates. Later a rounding has grown: after a thousand updates, processors (and PyTorch,
-# which has its own way to multiply matrices) are up to a percent apart.
+# which corrects the means of Adam in double precision) are up to a percent apart.
 LAST_DIGITS = 2e-5
 SHORT = {"epochs": 2, "batch_size": 4096}
 
