@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-BLOCK = 2**24  # bytes of rows that one call of the loop takes: what a stream needs of memory, whatever its length
+BLOCK = 2**24  # bytes of rows that one call of the loop takes, from a stream of any length
 # TensorFlow: XLA compiles for about a second, and then saves about a tenth of a millisecond an update.
 XLA_PAYS = 5_000
 BATCH = 32  # Keras' own, where none is given
