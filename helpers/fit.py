@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-BLOCK = 2**24  # bytes of rows that one call of the loop takes, from a stream of any length
+# Bytes of rows that one call of the loop takes. A stream of any length then needs the same memory; with four times as
+# much a call, malloc no longer gives all of it back.
+BLOCK = 2**22
 # TensorFlow: XLA compiles for about a second, and then saves about a tenth of a millisecond an update.
 XLA_PAYS = 5_000
 BATCH = 32  # Keras' own, where none is given
@@ -61,11 +63,9 @@ def fit(
     smaller is computed by each of them, so that no row counts more than another. Several workers are given the same
     rows, all of them. Raises ValueError for arrays of different lengths, and for a batch that cannot be shared.
     """
+    arguments = {name: value for name, value in locals().items() if name not in ("model", "seed")}
     import keras
 
-    arguments = dict(locals())
-    for name in ("keras", "model", "seed"):
-        del arguments[name]
     if not model.compiled:
         raise ValueError("compile the model first: fit needs its loss and its optimizer")
     reason = _unfit(model, arguments)
@@ -490,15 +490,15 @@ class _JaxLoop:
             part = keras.tree.map_structure(lambda array: jax.lax.dynamic_index_in_dim(array, number, 0, False), block)
             return self.step(state, part)[1]
 
-        return self._finish(state, jax.lax.fori_loop(0, steps, body, tuple(state)))
+        return self._finish(jax.lax.fori_loop(0, steps, body, tuple(state)))
 
     def _rest(self, state, arrays, rows):
         import keras
 
         part = keras.tree.map_structure(lambda array: array[rows], arrays)
-        return self._finish(state, self.step(tuple(state), part)[1])
+        return self._finish(self.step(tuple(state), part)[1])
 
-    def _finish(self, before, state):
+    def _finish(self, state):
         """Return the metrics, and the state where it was: each variable on its devices."""
         import jax
         import keras

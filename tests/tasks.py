@@ -7,10 +7,16 @@ import sys
 from pathlib import Path
 
 from helpers.local.runner import free_port
+from helpers.trainer import task
 
 ROOT = Path(__file__).parents[1]
 # 218 rows: 7 batches that two devices cannot share evenly, and one of a single row.
 SMALL = ["--dataset", "penguins", "--batch_size", "31", "--epochs", "12"]
+
+
+def run_here(main, folder):
+    """Run a task in this process, as in a notebook, with all that it writes in a folder; return its history."""
+    return main([*SMALL, *(f"--{name}={folder / name}" for name in task.FOLDERS)])
 
 
 def start(module, *arguments, path=ROOT, **environment):

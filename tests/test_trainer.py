@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from tasks import SMALL, finish, kill_after, learnt, start, start_two
+from tasks import SMALL, finish, kill_after, learnt, run_here, start, start_two
 
 from helpers import data, regression, trainer
 from helpers.trainer import loop, task
@@ -15,10 +15,8 @@ from helpers.trainer import loop, task
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """One run in this process, as in a notebook: its history and the folder with all that it wrote."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    history = task.main([*SMALL, *(f"--{name}={folder / name}" for name in task.FOLDERS)])
-    return history.history, folder
+    return run_here(task.main, folder).history, folder
 
 
 def checkpoint(folder):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tasks import SMALL, finish, kill_after, learnt, start, start_two
+from tasks import SMALL, finish, kill_after, learnt, run_here, start, start_two
 
 from helpers import data, regression
-from helpers.trainer import loop, task, task_jax
+from helpers.trainer import loop, task_jax
 
 MODULE = "helpers.trainer.task_jax"
 IMAGE = "us-central1-docker.pkg.dev/local-project/course/trainer:1"
@@ -17,10 +17,8 @@ IMAGE = "us-central1-docker.pkg.dev/local-project/course/trainer:1"
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """One run in this process, as in a notebook: its history and the folder with all that it wrote."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    history = task_jax.main([*SMALL, *(f"--{name}={folder / name}" for name in task.FOLDERS)])
-    return history, folder
+    return run_here(task_jax.main, folder), folder
 
 
 def checkpoint(folder):

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tasks import SMALL, finish, kill_after, learnt, start, start_two
+from tasks import SMALL, finish, kill_after, learnt, run_here, start, start_two
 
 from helpers import data, trainer
 from helpers.predictor import pytorch
@@ -21,10 +21,8 @@ WITHOUT_TENSORFLOW = "import runpy, sys; sys.modules['tensorflow'] = None; runpy
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """One run in this process, as in a notebook: its history and the folder with all that it wrote."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    history = task_torch.main([*SMALL, *(f"--{name}={folder / name}" for name in task.FOLDERS)])
-    return history, folder
+    return run_here(task_torch.main, folder), folder
 
 
 def test_it_learns_what_jax_learns(undisturbed):
